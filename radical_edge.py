@@ -1,0 +1,5518 @@
+#!/usr/bin/env python3
+"""Radical Edge: reach supercomputers from anywhere, with one Python file and no installs.
+
+Usage:
+
+    python radical_edge.py --bridge                  the meeting point of clients and edges
+    python radical_edge.py --edge --url URL          on a login or compute node: dials out to it
+    python radical_edge.py --call EDGE/PLUGIN/ROUTE  a client; so are curl and this module
+
+Connections:
+
+    client --HTTP--> bridge <--one outgoing WebSocket-- edge --> plugins --> jobs, files, metrics
+           <--SSE---
+
+Threads of a bridge: `http.server` accepts, and a short-lived thread per new connection does what
+may block (TLS handshake, the first request head). Then the *loop*, one thread running asyncio, owns
+the socket: it parses later requests, proxies them to edges, and serves event streams, so ten
+thousand idle connections cost no thread.
+
+Threads of an edge: the *transport* loop owns the link to the bridge and nothing else, so that
+heartbeats never wait. Every plugin has a thread and loop of its own; its plain `def` handlers run
+in worker threads. A plugin that blocks delays only itself.
+
+The file reads from top to bottom, and each section uses only what stands above it:
+
+    1. Constants and errors          7. Sockets on a loop, dialling
+    2. WebSocket frames              8. Security: tokens, TLS, browsers
+    3. Messages between the two      9. State: events, requests waiting, counters
+    4. HTTP/1.1 heads and bodies    10. Routing, requests, responses
+    5. Event streams                11. Plugins and their host
+    6. Threads that run a loop      12. Edge   13. Bridge   14. Client   15. Command line
+"""
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import binascii
+import codecs
+import collections
+import concurrent.futures
+import contextlib
+import contextvars
+import enum
+import fnmatch
+import functools
+import gc
+import hashlib
+import hmac
+import http.client
+import http.server
+import inspect
+import ipaddress
+import json
+import logging
+import os
+import random
+import re
+import secrets
+import select
+import signal
+import socket
+import socketserver
+import ssl
+import struct
+import sys
+import threading
+import time
+import types
+import urllib.error
+import urllib.parse
+import urllib.request
+from http import HTTPStatus
+from pathlib import Path
+from typing import (Any, AsyncIterator, Callable, Deque, Dict, Iterable, Iterator, List,
+                    NamedTuple, Optional, Set, Tuple, Type, Union)
+
+if __name__ == "__main__":                      # plugins import it by its name: the same object
+    sys.modules["radical_edge"] = sys.modules["__main__"]
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BadGateway", "BadRequest", "Bridge", "BridgeClient", "ClientManagedPlugin", "Conflict",
+    "ContentTooLarge", "DeadlineExceeded", "Edge", "EdgeClient", "EdgeError", "EdgeOffline",
+    "Forbidden", "Gone", "HTTPException", "JSONResponse", "LengthRequired", "MethodNotAllowed",
+    "NotFound", "NotInstalled", "Plugin", "PluginClient", "PluginHost", "PluginSession",
+    "ProtocolError", "Request", "Response", "TokenStore", "TooManyRequests", "Unauthorized",
+    "Unavailable", "Unprocessable", "call", "events", "get", "list_edges", "list_plugins", "main",
+    "plugin", "post",
+]
+
+log = logging.getLogger("radical_edge")
+
+# ---------------------------------------------------------------------------
+# 1. Constants and errors. What is a limit, how long is too long, and which status an error has.
+# ---------------------------------------------------------------------------
+
+DEFAULT_PORT = 8000
+BRIDGE_NAME = "bridge"         # the name under which the bridge's own plugins are reached
+
+MAX_TARGET = 8 * 1024          # bytes of a request line; RFC 9112, section 3, asks for 8000 or more
+MAX_HEAD = 32 * 1024           # bytes of a request or response head
+MAX_FIELDS = 100               # field lines in one head
+MAX_CHUNK_LINE = 256           # bytes of a chunk-size line with its extensions
+MAX_BODY = 64 * 1024 * 1024    # bytes of a body, which wire version 1 holds in memory whole
+MAX_MESSAGE = 96 * 1024 * 1024  # bytes of a WebSocket message: a base64 body and its surroundings
+MAX_LINK_BUFFER = 128 * 1024 * 1024  # bytes waiting to be sent to one edge; more is a stuck link
+MAX_SUBSCRIBER_BUFFER = 4 * 1024 * 1024  # bytes waiting for one subscriber before it is cut off
+MAX_PIPELINED = 64 * 1024      # bytes read ahead of the request that is being answered
+MAX_EVENTS = 10_000            # events kept for subscribers that come back
+MAX_EVENT_BYTES = 16 * 1024 * 1024   # bytes of the events kept
+MAX_UNSENT_EVENTS = 10_000     # notifications an edge keeps while its link is down
+MAX_NOTIFICATION = 1024 * 1024  # bytes of one notification
+MAX_OPENING = 512              # connections in their handshake or first request, a thread each
+MAX_CONNECTIONS = 16_384       # open client connections
+MAX_PENDING = 8192             # requests waiting for one edge
+MAX_WORKERS = 64               # threads that run one plugin's plain `def` handlers
+MAX_EXPIRED = 4096             # expired session ids remembered, so that they are 410 and not 404
+MAX_PRIVATE_FILE = 1024 * 1024  # bytes of a token or state file
+READ_SIZE = 64 * 1024          # bytes asked of a socket at once; more costs page faults
+
+HANDSHAKE_S = 10.0             # TCP, TLS, upgrade, each; a head, from its first byte to its last
+FIRST_HEAD_S = 1.0             # a new connection's thread waits so long; then the loop does
+BODY_IDLE_S = 30.0             # a request body that does not grow for so long is given up
+LINGER_S = 1.0                 # a closing connection reads on, or its answer may be lost
+KEEP_ALIVE_S = 120.0           # an idle client connection
+REQUEST_S = 600.0              # a proxied request; see --request-timeout, X-Request-Timeout
+HEARTBEAT_S = 15.0             # event streams and links; common proxies drop what is idle for 60 s
+LINK_DEAD = 2                  # missed heartbeats that end a link
+BACKOFF_S = (0.25, 30.0)       # first and longest pause between an edge's attempts to connect
+STOP_S = 2.5                   # a clean end; what still runs then is left behind
+TOPOLOGY_S = 0.05              # changes within so long are told in one message
+SWEEP_S = 0.25                 # deadlines are looked at so often
+RELOAD_S = 1.0                 # token files are looked at so often
+LOGIN_FAILURES = 10            # wrong tokens an address has, per LOGIN_WINDOW_S
+LOGIN_WINDOW_S = 60.0
+COOKIE_S = 12 * 3600           # a browser's sign-in lasts so long
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._:@/+-]{1,128}")
+
+# first path segments that are the bridge's own, and so no names of edges
+RESERVED_NAMES = frozenset((BRIDGE_NAME, "edge", "edges", "events", "plugins", "auth", "logout",
+                            "health", "metrics", "openapi.json", "register", "favicon.ico"))
+ROLE_EDGE, ROLE_BRIDGE = "edge", "bridge"
+
+
+class EdgeError(RuntimeError):
+    """What went wrong, with its HTTP status and a `detail` that says what to do about it.
+
+    `request_id` names the request in every log, where it is known. `headers` go out with the reply.
+    Raise it anywhere in a plugin: the caller sees the status and the detail.
+    """
+
+    status: int = HTTPStatus.INTERNAL_SERVER_ERROR
+
+    def __init__(self, detail: str = "", status: Optional[int] = None, *,
+                 request_id: Optional[str] = None,
+                 headers: Optional[Dict[str, str]] = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.request_id = request_id
+        self.headers = dict(headers or {})
+        if status is not None:
+            self.status = int(status)
+
+    def __str__(self) -> str:
+        return f"HTTP {int(self.status)}: {self.detail}"
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Return the body of every error reply: {"error", "status_code", "detail"}."""
+        return {"error": True, "status_code": int(self.status), "detail": self.detail}
+
+
+class BadRequest(EdgeError):
+    """The request cannot be read: its syntax, framing or JSON is wrong."""
+    status = HTTPStatus.BAD_REQUEST
+
+
+class Unauthorized(EdgeError):
+    """No token, or one that is not known (any more)."""
+    status = HTTPStatus.UNAUTHORIZED
+
+
+class Forbidden(EdgeError):
+    """The token is good, but not for this."""
+    status = HTTPStatus.FORBIDDEN
+
+
+class NotFound(EdgeError):
+    """No such edge, plugin, route, session or thing."""
+    status = HTTPStatus.NOT_FOUND
+
+
+class MethodNotAllowed(EdgeError):
+    """The path exists, but not for this method; `Allow` names those that do."""
+    status = HTTPStatus.METHOD_NOT_ALLOWED
+
+
+class RequestTimeout(EdgeError):
+    """The client began a request and did not finish it in time."""
+    status = HTTPStatus.REQUEST_TIMEOUT
+
+
+class Conflict(EdgeError):
+    """The request does not fit the present state."""
+    status = HTTPStatus.CONFLICT
+
+
+class Gone(EdgeError):
+    """The session was there, and has expired."""
+    status = HTTPStatus.GONE
+
+
+class LengthRequired(EdgeError):
+    """A body that could not be delimited."""
+    status = HTTPStatus.LENGTH_REQUIRED
+
+
+class ContentTooLarge(EdgeError):
+    """The body is larger than this route or this wire takes."""
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+
+
+class TargetTooLong(EdgeError):
+    """The request line is longer than MAX_TARGET."""
+    status = HTTPStatus.REQUEST_URI_TOO_LONG
+
+
+class Unprocessable(EdgeError):
+    """A field or query value is missing or wrong; the detail begins with its name."""
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+
+
+class TooManyRequests(EdgeError):
+    """Too much at once, or too many wrong tokens; `Retry-After` says when to come back."""
+    status = HTTPStatus.TOO_MANY_REQUESTS
+
+
+class HeadTooLarge(EdgeError):
+    """The head is larger than MAX_HEAD, or has more than MAX_FIELDS fields."""
+    status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+
+
+class NotInstalled(EdgeError):
+    """This needs an optional package; the detail says which and how to get it."""
+    status = HTTPStatus.NOT_IMPLEMENTED
+
+
+class BadGateway(EdgeError):
+    """The edge, or what stands behind a plugin, gave an answer that makes no sense."""
+    status = HTTPStatus.BAD_GATEWAY
+
+
+class Unavailable(EdgeError):
+    """Not now: something is full, starting or ending."""
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+
+
+class EdgeOffline(Unavailable):
+    """The edge is known, but its link is down."""
+
+
+class DeadlineExceeded(EdgeError):
+    """The edge did not answer within the request's deadline."""
+    status = HTTPStatus.GATEWAY_TIMEOUT
+
+
+class HTTPException(EdgeError):
+    """An error with any status, under the name and signature that FastAPI plugins use."""
+
+    def __init__(self, status_code: int, detail: str = "",
+                 headers: Optional[Dict[str, str]] = None) -> None:
+        super().__init__(detail, status_code, headers=headers)
+
+    @property
+    def status_code(self) -> int:
+        """The HTTP status."""
+        return int(self.status)
+
+
+class ProtocolError(Exception):
+    """The peer broke the protocol. `code` is the WebSocket close code to leave with."""
+
+    def __init__(self, reason: str, code: int = 1002) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+def _retry_after(seconds: float) -> Dict[str, str]:
+    return {"Retry-After": str(max(1, round(seconds)))}
+
+
+# ---------------------------------------------------------------------------
+# 2. WebSocket frames (RFC 6455, section 5): bytes in, frames and messages out. No sockets.
+# ---------------------------------------------------------------------------
+
+WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"    # RFC 6455, section 1.3
+MAX_CONTROL_PAYLOAD = 125     # bytes; RFC 6455, section 5.5
+
+
+class Opcode(enum.IntEnum):
+    """Frame opcodes (RFC 6455, section 11.8)."""
+    CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
+
+
+class CloseCode(enum.IntEnum):
+    """The close codes used here (RFC 6455, section 7.4.1; 4000 and up are ours)."""
+    NORMAL, GOING_AWAY, PROTOCOL_ERROR, INVALID_DATA = 1000, 1001, 1002, 1007
+    POLICY, TOO_BIG, INTERNAL = 1008, 1009, 1011
+    REPLACED = 4001
+
+
+# codes that may stand in a close frame; 1004 to 1006 and 1015 may not (RFC 6455, section 7.4)
+_VALID_CLOSE = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))
+_OPCODES = {int(opcode): opcode for opcode in Opcode}     # a look-up is faster than Opcode(value)
+
+
+def apply_mask(payload: bytes, key: bytes) -> bytes:
+    """Return `payload` XORed with the repeated 4-byte `key`; its own inverse (section 5.3).
+
+    One XOR of two large integers: the fastest way that the standard library has.
+    """
+    size = len(payload)
+    pad = (key * (size // 4 + 1))[:size]
+    mixed = int.from_bytes(payload, "little") ^ int.from_bytes(pad, "little")
+    return mixed.to_bytes(size, "little")
+
+
+def encode_frame(opcode: int, payload: bytes, *, mask: Optional[bytes] = None,
+                 fin: bool = True) -> bytes:
+    """Return one frame (RFC 6455, section 5.2).
+
+    mask: the 4-byte key that a client must use, None for a server.
+    Raises ValueError for a control frame that is too long or not final (section 5.5).
+    """
+    size = len(payload)
+    if opcode & 0x8 and (size > MAX_CONTROL_PAYLOAD or not fin):
+        raise ValueError(f"control frame of {size} bytes, fin={fin}")
+    first = (0x80 if fin else 0) | opcode
+    masked = 0x80 if mask else 0
+    if size < 126:
+        head = bytes((first, masked | size))
+    elif size < 0x10000:
+        head = struct.pack("!BBH", first, masked | 126, size)
+    else:
+        head = struct.pack("!BBQ", first, masked | 127, size)
+    return head + mask + apply_mask(payload, mask) if mask else head + payload
+
+
+def encode_close(code: int, reason: str = "", *, mask: Optional[bytes] = None) -> bytes:
+    """Return a close frame; the reason is cut to what fits (RFC 6455, section 5.5.1)."""
+    text = reason.encode()[:MAX_CONTROL_PAYLOAD - 2].decode(errors="ignore")   # whole characters
+    return encode_frame(Opcode.CLOSE, struct.pack("!H", code) + text.encode(), mask=mask)
+
+
+def parse_close(payload: bytes) -> Tuple[int, str]:
+    """Return (code, reason) of a close frame's payload; (1005, "") when it is empty.
+
+    Raises ProtocolError for a code that must not be sent or a reason that is not UTF-8.
+    """
+    if not payload:
+        return 1005, ""
+    code = int.from_bytes(payload[:2], "big")
+    if len(payload) == 1 or code not in _VALID_CLOSE:
+        raise ProtocolError(f"close code {payload[:2].hex()}")
+    return code, _decode_utf8(payload[2:])
+
+
+def _decode_utf8(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise ProtocolError("text that is not UTF-8", CloseCode.INVALID_DATA) from None
+
+
+class FrameParser:
+    """Turns bytes into messages and control frames, whatever the cuts between the bytes.
+
+    masked: True for the server's side, whose peer must mask; False for the client's (section 5.1).
+    max_message: bytes; more is refused when its length is announced, before it is buffered.
+    """
+
+    def __init__(self, *, masked: bool, max_message: int = MAX_MESSAGE) -> None:
+        self._masked = masked
+        self._max_message = max_message
+        self._buffer = bytearray()
+        self._start = 0                           # where in _buffer the next frame begins
+        self._fragments: List[bytes] = []
+        self._fragments_size = 0
+        self._opcode: Optional[Opcode] = None     # of the fragmented message under way
+
+    def feed(self, data: bytes) -> None:
+        """Add bytes from the peer; then call next_message() until it returns None."""
+        if self._start == len(self._buffer):
+            self._buffer = bytearray(data)        # all was read: cheaper than moving it away
+            self._start = 0
+            return
+        if self._start > READ_SIZE:
+            del self._buffer[:self._start]
+            self._start = 0
+        self._buffer += data
+
+    def next_message(self) -> Optional[Tuple[Opcode, Union[str, bytes]]]:
+        """Return (TEXT, str), (BINARY, bytes) or a control frame; None when more bytes are needed.
+
+        Control frames come out between the fragments of a message, as they were sent (section 5.4).
+        Raises ProtocolError, after which the connection must be closed with its `code`.
+        """
+        while True:
+            frame = self._next_frame()
+            if frame is None:
+                return None
+            opcode, fin, payload = frame
+            if opcode >= Opcode.CLOSE:
+                return opcode, payload
+            message = self._join(opcode, fin, payload)
+            if message is not None:
+                return message
+
+    def _next_frame(self) -> Optional[Tuple[Opcode, bool, bytes]]:
+        buffer, start = self._buffer, self._start
+        if len(buffer) - start < 2:
+            return None
+        first, second = buffer[start], buffer[start + 1]
+        opcode = self._check_head(first, second)
+        size, start = second & 0x7F, start + 2
+        if size >= 126:
+            extended = 2 if size == 126 else 8
+            if len(buffer) - start < extended:
+                return None
+            size = self._check_size(int.from_bytes(buffer[start:start + extended], "big"), extended)
+            start += extended
+        self._check_room(opcode, size)
+        end = start + 4 * self._masked + size
+        if len(buffer) < end:
+            return None
+        self._start = end
+        if not self._masked:
+            return opcode, first >= 0x80, bytes(buffer[start:end])
+        payload = apply_mask(buffer[start + 4:end], bytes(buffer[start:start + 4]))
+        return opcode, first >= 0x80, payload
+
+    def _check_head(self, first: int, second: int) -> Opcode:
+        opcode = _OPCODES.get(first & 0x0F)
+        if opcode is None or first & 0x70:        # no extension was negotiated: RSV must be 0
+            raise ProtocolError(f"frame head {first:02x}{second:02x}")
+        if (second >= 0x80) != self._masked:
+            raise ProtocolError("masked frame" if second >= 0x80 else "frame without a mask")
+        if opcode >= Opcode.CLOSE and (first < 0x80 or second & 0x7F > MAX_CONTROL_PAYLOAD):
+            raise ProtocolError("control frame in fragments or too long")
+        return opcode
+
+    @staticmethod
+    def _check_size(size: int, extended: int) -> int:
+        if size < (126 if extended == 2 else 0x10000) or size >= 1 << 63:
+            raise ProtocolError(f"length {size} in {extended} bytes")     # not minimal, or negative
+        return size
+
+    def _check_room(self, opcode: Opcode, size: int) -> None:
+        if opcode < Opcode.CLOSE and self._fragments_size + size > self._max_message:
+            raise ProtocolError(f"message of more than {self._max_message} bytes",
+                                CloseCode.TOO_BIG)
+
+    def _join(self, opcode: Opcode, fin: bool,
+              payload: bytes) -> Optional[Tuple[Opcode, Union[str, bytes]]]:
+        if (opcode is Opcode.CONTINUATION) != (self._opcode is not None):
+            raise ProtocolError("fragments out of order")
+        if not fin or self._opcode is not None:
+            self._opcode = self._opcode or opcode
+            self._fragments.append(payload)
+            # an empty fragment counts too, or a peer could send them without end
+            self._fragments_size += len(payload) or 1
+            if not fin:
+                return None
+            opcode, payload = self._opcode, b"".join(self._fragments)
+            self._opcode, self._fragments, self._fragments_size = None, [], 0
+        return (opcode, _decode_utf8(payload)) if opcode is Opcode.TEXT else (opcode, payload)
+
+
+def accept_key(key: str) -> str:
+    """Return the Sec-WebSocket-Accept value for a Sec-WebSocket-Key (RFC 6455, section 4.2.2)."""
+    return base64.b64encode(hashlib.sha1(key.encode() + WEBSOCKET_GUID).digest()).decode()
+
+
+# ---------------------------------------------------------------------------
+# 3. Messages between edge and bridge: JSON text, and msgpack for a request whose body is binary.
+# ---------------------------------------------------------------------------
+
+WIRE_VERSION = 1
+MAX_NESTING = 32               # levels of arrays and maps in a msgpack message
+
+_MSGPACK_CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
+_MSGPACK_NUMBERS = {0xCA: ">f", 0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q",
+                    0xD0: ">b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q"}
+_MSGPACK_SIZED = {0xC4: (1, "bin"), 0xC5: (2, "bin"), 0xC6: (4, "bin"),      # size of the length
+                  0xD9: (1, "str"), 0xDA: (2, "str"), 0xDB: (4, "str"),
+                  0xDC: (2, "array"), 0xDD: (4, "array"), 0xDE: (2, "map"), 0xDF: (4, "map")}
+
+
+def parse_msgpack(data: bytes) -> Any:
+    """Return the value that `data` holds, whole (the msgpack specification; no extension types).
+
+    Raises ProtocolError when it is cut, has bytes left over, or nests deeper than MAX_NESTING.
+    """
+    try:
+        value, end = _parse_msgpack(data, 0, 0)
+    except (IndexError, struct.error):
+        raise ProtocolError("msgpack message is cut short") from None
+    if end != len(data):
+        raise ProtocolError("bytes after the msgpack message")
+    return value
+
+
+def _parse_msgpack(data: bytes, at: int, depth: int) -> Tuple[Any, int]:
+    code, at = data[at], at + 1
+    if code < 0x80 or code >= 0xE0:
+        return (code if code < 0x80 else code - 0x100), at
+    if code in _MSGPACK_CONSTANTS:
+        return _MSGPACK_CONSTANTS[code], at
+    if code in _MSGPACK_NUMBERS:
+        form = _MSGPACK_NUMBERS[code]
+        return struct.unpack_from(form, data, at)[0], at + struct.calcsize(form)
+    if code < 0xC0:
+        kind = "map" if code < 0x90 else "array" if code < 0xA0 else "str"
+        size = code & (0x1F if kind == "str" else 0x0F)
+    elif code in _MSGPACK_SIZED:
+        width, kind = _MSGPACK_SIZED[code]
+        size, at = int.from_bytes(data[at:at + width], "big"), at + width
+    else:
+        raise ProtocolError(f"msgpack type {code:02x}")
+    return _parse_msgpack_body(data, at, kind, size, depth)
+
+
+def _parse_msgpack_body(data: bytes, at: int, kind: str, size: int, depth: int) -> Tuple[Any, int]:
+    if size > len(data) - at or depth > MAX_NESTING:    # every element takes a byte at the least
+        raise ProtocolError("msgpack message is cut short or too deep")
+    if kind in ("bin", "str"):
+        raw = bytes(data[at:at + size])
+        return (raw if kind == "bin" else _decode_utf8(raw)), at + size
+    items = []
+    for _ in range(size * (2 if kind == "map" else 1)):
+        item, at = _parse_msgpack(data, at, depth + 1)
+        items.append(item)
+    if kind == "array":
+        return items, at
+    if not all(isinstance(key, str) for key in items[::2]):
+        raise ProtocolError("msgpack map with a key that is not text")
+    return dict(zip(items[::2], items[1::2])), at
+
+
+def encode_msgpack(value: Any) -> bytes:
+    """Return `value` (None, bool, int of 32 bits, str, bytes, or a dict of them) as msgpack."""
+    if value is None or value is True or value is False:
+        return {None: b"\xc0", False: b"\xc2", True: b"\xc3"}[value]
+    if isinstance(value, int):
+        return b"\xd2" + struct.pack(">i", value)
+    if isinstance(value, str):
+        raw = value.encode()
+        return b"\xdb" + struct.pack(">I", len(raw)) + raw
+    if isinstance(value, bytes):
+        return b"\xc6" + struct.pack(">I", len(value)) + value
+    if isinstance(value, dict):
+        pairs = b"".join(encode_msgpack(key) + encode_msgpack(item) for key, item in value.items())
+        return b"\xdf" + struct.pack(">I", len(value)) + pairs
+    raise ValueError(f"not for this msgpack encoder: {type(value).__name__}")
+
+
+# json.dumps() with arguments builds an encoder for each call; these are made once
+encode_json: Callable[[Any], str] = json.JSONEncoder(
+    ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+_parse_json = json.JSONDecoder().decode
+
+
+def parse_message(payload: Union[str, bytes]) -> Dict[str, Any]:
+    """Return the message in a text frame (JSON) or a binary frame (msgpack): a dict with "type".
+
+    Raises ProtocolError for anything else. Unknown types and fields are the caller's to ignore.
+    """
+    try:
+        message = _parse_json(payload) if isinstance(payload, str) else parse_msgpack(payload)
+    except (ValueError, RecursionError):
+        raise ProtocolError("message that is not JSON", CloseCode.INVALID_DATA) from None
+    if not isinstance(message, dict) or not isinstance(message.get("type"), str):
+        raise ProtocolError("message without a type", CloseCode.INVALID_DATA)
+    return message
+
+
+def encode_request(req_id: str, method: str, target: str, headers: Dict[str, str],
+                   body: bytes) -> Tuple[Opcode, bytes]:
+    """Return the frame type and payload of a request to an edge; msgpack when not UTF-8."""
+    message = {"type": "request", "req_id": req_id, "method": method, "path": target,
+               "headers": headers, "is_binary": False, "body": None}
+    if body:
+        try:
+            message["body"] = body.decode()
+        except UnicodeDecodeError:
+            message.update(is_binary=True, body=bytes(body))
+            return Opcode.BINARY, encode_msgpack(message)
+    return Opcode.TEXT, encode_json(message).encode()
+
+
+class EdgeRequest(NamedTuple):
+    """A request as it arrives at an edge."""
+    req_id: str
+    method: str
+    target: str
+    headers: Dict[str, str]       # names in lower case
+    body: bytes
+
+
+def parse_request(message: Dict[str, Any]) -> EdgeRequest:
+    """Return the checked fields of a "request" message; raises ProtocolError for a wrong one."""
+    req_id, method, target = (message.get(key) for key in ("req_id", "method", "path"))
+    headers = message.get("headers") or {}
+    if not (isinstance(req_id, str) and isinstance(method, str) and isinstance(target, str)
+            and isinstance(headers, dict)):
+        raise ProtocolError("request without req_id, method, path or headers")
+    body = _parse_body(message)
+    fields = {str(name).lower(): str(value) for name, value in headers.items()}
+    return EdgeRequest(req_id, method, target, fields, body)
+
+
+def _parse_body(message: Dict[str, Any]) -> bytes:
+    body = message.get("body")
+    if body is None:
+        return b""
+    if isinstance(body, bytes):
+        return body
+    if not isinstance(body, str):                 # a JSON value in place of its text
+        return encode_json(body).encode()
+    if not message.get("is_binary"):
+        return body.encode(errors="surrogatepass")
+    try:
+        return base64.b64decode(body, validate=True)
+    except binascii.Error:
+        raise ProtocolError("binary body that is not base64") from None
+
+
+def encode_response(req_id: str, status: int, headers: Dict[str, str], body: bytes) -> str:
+    """Return a "response" message; a body that is not UTF-8 travels as base64."""
+    message = {"type": "response", "req_id": req_id, "status": status, "headers": headers,
+               "is_binary": False, "body": ""}
+    try:
+        message["body"] = body.decode()
+    except UnicodeDecodeError:
+        message.update(is_binary=True, body=base64.b64encode(body).decode())
+    return encode_json(message)
+
+
+def parse_response(message: Dict[str, Any]) -> Tuple[int, Dict[str, str], bytes]:
+    """Return (status, headers, body) of a "response" message; raises ProtocolError.
+
+    Fields that could break the framing of an HTTP/1.1 reply are refused here.
+    """
+    status, headers = message.get("status"), message.get("headers") or {}
+    if type(status) is not int or not 200 <= status <= 599 or not isinstance(headers, dict):
+        raise ProtocolError("response without a valid status or headers")
+    fields = {}
+    for name, value in headers.items():
+        if not isinstance(value, (str, int)) or not _is_field(name, str(value)):
+            raise ProtocolError(f"response with a bad field {str(name)[:40]!r}")
+        fields[name.lower()] = str(value)
+    body = _parse_body(message)
+    if isinstance(message.get("body"), (dict, list)):
+        fields.setdefault("content-type", "application/json")
+    return status, fields, body
+
+
+# ---------------------------------------------------------------------------
+# 4. HTTP/1.1 heads and bodies (RFC 9110, RFC 9112), strictly: bytes in, events out. No sockets.
+#    What one recipient could read otherwise than another is refused, not repaired.
+# ---------------------------------------------------------------------------
+
+_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_REQUEST_LINE = re.compile(rf"({_TOKEN}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])".encode())
+_STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?")
+_FIELD_LINE = re.compile(rf"({_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)".encode())
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
+_BARE_LF = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
+_FIELD_NAME = re.compile(_TOKEN)
+_FIELD_VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")
+_SINGLE_FIELDS = frozenset(("host", "content-length", "transfer-encoding", "content-type",
+                            "authorization", "origin", "x-request-id", "idempotency-key"))
+
+# fields that concern one connection only (RFC 9110, section 7.6.1)
+HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-connection", "proxy-authenticate",
+                        "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade",
+                        "expect", "http2-settings"))
+_REASONS = {int(status): status.phrase for status in HTTPStatus}
+
+
+def _is_field(name: Any, value: str) -> bool:
+    return (isinstance(name, str) and _FIELD_NAME.fullmatch(name) is not None
+            and _FIELD_VALUE.fullmatch(value) is not None and value.isprintable())
+
+
+def parse_fields(lines: Iterable[bytes]) -> Dict[str, str]:
+    """Return the field lines as {lower-case name: value}; values of a repeated field are joined.
+
+    Raises BadRequest for an obs-fold, a space before the colon, a control character, or a repeated
+    field that has only one value (RFC 9112, section 5), and HeadTooLarge for too many.
+    """
+    fields: Dict[str, str] = {}
+    count = 0
+    for line in lines:
+        match = _FIELD_LINE.fullmatch(line)
+        if match is None:
+            raise BadRequest(f"field line {line[:40]!r} is not 'name: value' (RFC 9112, section 5)")
+        name = match[1].decode().lower()
+        value = match[2].strip(b" \t").decode("latin-1")
+        count += 1
+        if name in fields:
+            if name in _SINGLE_FIELDS:
+                raise BadRequest(f"field {name!r} stands there twice")
+            value = fields[name] + ("; " if name == "cookie" else ", ") + value
+        fields[name] = value
+    if count > MAX_FIELDS:
+        raise HeadTooLarge(f"{count} fields; {MAX_FIELDS} are allowed")
+    return fields
+
+
+def connection_options(fields: Dict[str, str]) -> Set[str]:
+    """Return the lower-case options of the Connection field (RFC 9110, section 7.6.1)."""
+    connection = fields.get("connection")
+    return {option.strip().lower() for option in connection.split(",")} if connection else set()
+
+
+class RequestHead:
+    """A request's head. `target` is what was asked for, `path` and `query` are its parts.
+
+    length: bytes of the body, or None when it is chunked.
+    """
+
+    __slots__ = ("method", "target", "path", "query", "fields", "length", "keep_alive", "is_http10",
+                 "host")
+
+    def __init__(self, method: str, target: str, minor: int, fields: Dict[str, str]) -> None:
+        self.method = method
+        self.fields = fields
+        self.is_http10 = minor == 0
+        self.host = fields.get("host", "")
+        if not target.startswith("/"):
+            target = self._origin_form(target)
+        self.target = target
+        self.path, _, self.query = target.partition("?")
+        options = connection_options(fields)
+        self.keep_alive = "keep-alive" in options if self.is_http10 else "close" not in options
+        self.length = self._body_length()
+
+    def _origin_form(self, target: str) -> str:
+        """Accept the absolute form, as a server must; its host counts (RFC 9112, section 3.2.2)."""
+        parts = urllib.parse.urlsplit(target)
+        if parts.scheme.lower() in ("http", "https") and parts.netloc and "@" not in parts.netloc:
+            self.host = parts.netloc
+            return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        if target == "*" and self.method == "OPTIONS":
+            return "/*"
+        raise BadRequest("the request target must begin with '/'")
+
+    def _body_length(self) -> Optional[int]:
+        coding, length = self.fields.get("transfer-encoding"), self.fields.get("content-length")
+        if coding is not None:
+            if length is not None or self.is_http10:    # the classic of request smuggling
+                raise BadRequest("Transfer-Encoding does not go with Content-Length or HTTP/1.0")
+            if coding.lower() != "chunked":
+                raise EdgeError(f"transfer coding {coding[:40]!r} is not known; use 'chunked'",
+                                HTTPStatus.NOT_IMPLEMENTED)
+            return None
+        if length is None:
+            if self.is_http10 and self.method in ("POST", "PUT", "PATCH"):
+                raise LengthRequired("an HTTP/1.0 request with a body needs Content-Length")
+            return 0
+        if not (length.isascii() and length.isdigit() and len(length) <= 18):
+            raise BadRequest(f"Content-Length {length[:40]!r} is not a number of bytes")
+        return int(length)
+
+    @property
+    def expects_continue(self) -> bool:
+        """Whether the client waits for 100 (Continue) before it sends its body."""
+        return self.fields.get("expect", "").lower() == "100-continue" and not self.is_http10
+
+
+def parse_request_head(head: bytes) -> RequestHead:
+    """Return the request head in `head`, which ends before its empty line.
+
+    Raises BadRequest, TargetTooLong, HeadTooLarge, LengthRequired, or EdgeError with 501 or 505.
+    """
+    line, _, rest = head.partition(b"\r\n")
+    if len(line) > MAX_TARGET:
+        raise TargetTooLong(f"the request line has {len(line)} bytes; {MAX_TARGET} are allowed")
+    match = _REQUEST_LINE.fullmatch(line)
+    if match is None:
+        raise BadRequest(f"request line {line[:40]!r} is not 'METHOD target HTTP/1.1'")
+    if match[3] != b"1":
+        raise EdgeError("only HTTP/1.0 and HTTP/1.1 are spoken here",
+                        HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
+    fields = parse_fields(rest.split(b"\r\n")) if rest else {}
+    minor = int(match[4])
+    if minor and "host" not in fields:
+        raise BadRequest("an HTTP/1.1 request needs one Host field (RFC 9112, section 3.2)")
+    return RequestHead(match[1].decode(), match[2].decode(), minor, fields)
+
+
+class _Phase(enum.Enum):
+    """Where in a message a parser is."""
+    HEAD, LENGTH, CHUNK_SIZE, CHUNK_DATA, CHUNK_END, TRAILER = range(6)
+
+
+END = object()                 # the event after the last byte of a request
+
+
+class RequestParser:
+    """Turns a connection's bytes into requests: a RequestHead, pieces of its body, END; and again.
+
+    Raises EdgeErrors, after which the bytes are out of step and the connection must be closed.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._phase = _Phase.HEAD
+        self._left = 0                            # bytes of the body or chunk still to come
+        self._searched = 0                        # bytes of an incomplete head known to be in order
+        self._steps = {_Phase.HEAD: self._parse_head, _Phase.LENGTH: self._parse_length,
+                       _Phase.CHUNK_SIZE: self._parse_chunk_size,
+                       _Phase.CHUNK_DATA: self._parse_chunk_data,
+                       _Phase.CHUNK_END: self._parse_chunk_end, _Phase.TRAILER: self._parse_trailer}
+
+    @property
+    def buffered(self) -> int:
+        """Bytes that were fed and not yet returned."""
+        return len(self._buffer)
+
+    def feed(self, data: bytes) -> None:
+        """Add bytes from the client; then call next_event() until it returns None."""
+        self._buffer += data
+
+    def take_rest(self) -> bytes:
+        """Return what came after the request, for the protocol the connection is switched to."""
+        rest, self._buffer = bytes(self._buffer), bytearray()
+        return rest
+
+    def next_event(self) -> Optional[Union[RequestHead, bytes, object]]:
+        """Return a RequestHead, bytes of its body, or END; None when more bytes are needed."""
+        while True:
+            phase = self._phase
+            event = self._steps[phase]()
+            if event is not None or self._phase is phase:
+                return event
+
+    def _parse_head(self) -> Optional[RequestHead]:
+        buffer = self._buffer
+        if buffer[:2] == b"\r\n":                 # one empty line is ignored (RFC 9112, 2.2)
+            del buffer[:2]
+        end = buffer.find(b"\r\n\r\n", 0, MAX_HEAD + 4)
+        if end < 0:
+            self._check_incomplete_head()
+            return None
+        head = parse_request_head(bytes(buffer[:end]))
+        del buffer[:end + 4]
+        self._searched = 0
+        self._phase = _Phase.CHUNK_SIZE if head.length is None else _Phase.LENGTH
+        self._left = head.length or 0
+        return head
+
+    def _check_incomplete_head(self) -> None:
+        buffer = self._buffer
+        if _BARE_LF.search(buffer, self._searched):
+            raise BadRequest("lines must end with CR LF (RFC 9112, section 2.2)")
+        self._searched = max(0, len(buffer) - 1)  # a CR at the end may yet get its LF
+        if b"\r\n" not in buffer[:MAX_TARGET + 2] and len(buffer) > MAX_TARGET:
+            raise TargetTooLong(f"the request line is longer than {MAX_TARGET} bytes")
+        if len(buffer) > MAX_HEAD:
+            raise HeadTooLarge(f"the head is larger than {MAX_HEAD} bytes")
+
+    def _parse_length(self) -> Optional[Union[bytes, object]]:
+        if self._left == 0:
+            self._phase = _Phase.HEAD
+            return END
+        return self._take_body()
+
+    def _take_body(self) -> Optional[bytes]:
+        piece = bytes(self._buffer[:self._left])
+        del self._buffer[:len(piece)]
+        self._left -= len(piece)
+        return piece or None
+
+    def _take_line(self, limit: int) -> Optional[bytes]:
+        end = self._buffer.find(b"\r\n", 0, limit + 2)
+        if end < 0:
+            if len(self._buffer) > limit or _BARE_LF.search(self._buffer):
+                raise BadRequest("a line of the chunked body is too long, or has no CR LF")
+            return None
+        line = bytes(self._buffer[:end])
+        del self._buffer[:end + 2]
+        return line
+
+    def _parse_chunk_size(self) -> None:
+        line = self._take_line(MAX_CHUNK_LINE)
+        if line is None:
+            return
+        match = _CHUNK_LINE.fullmatch(line)
+        if match is None:
+            raise BadRequest(f"chunk size {line[:40]!r} is not hexadecimal (RFC 9112, section 7.1)")
+        self._left = int(match[1], 16)
+        self._phase = _Phase.CHUNK_DATA if self._left else _Phase.TRAILER
+        self._trailer: List[bytes] = []
+
+    def _parse_chunk_data(self) -> Optional[bytes]:
+        if self._left == 0:
+            self._phase = _Phase.CHUNK_END
+            return None
+        return self._take_body()
+
+    def _parse_chunk_end(self) -> None:
+        if self._buffer[:2] != b"\r\n"[:len(self._buffer)]:
+            raise BadRequest("a chunk is longer than its size says")
+        if len(self._buffer) >= 2:
+            del self._buffer[:2]
+            self._phase = _Phase.CHUNK_SIZE
+
+    def _parse_trailer(self) -> Optional[object]:
+        line = self._take_line(MAX_TARGET)
+        if line is None:
+            return None
+        if line:                                  # checked, counted and dropped
+            self._trailer.append(line)
+            parse_fields(self._trailer)
+            return self._parse_trailer()
+        self._phase = _Phase.HEAD
+        return END
+
+
+def parse_response_head(buffer: bytes) -> Optional[Tuple[int, Dict[str, str], bytes]]:
+    """Return (status, fields, rest) of the response that `buffer` starts with; None if incomplete.
+
+    Raises ProtocolError when it is not HTTP/1.x or its head is too large.
+    """
+    end = buffer.find(b"\r\n\r\n")
+    if end < 0:
+        if len(buffer) > MAX_HEAD:
+            raise ProtocolError("response head is too large")
+        return None
+    line, _, rest = bytes(buffer[:end]).partition(b"\r\n")
+    match = _STATUS_LINE.fullmatch(line)
+    if match is None:
+        raise ProtocolError(f"not an HTTP response: {line[:40]!r}")
+    try:
+        fields = parse_fields(rest.split(b"\r\n")) if rest else {}
+    except EdgeError as error:
+        raise ProtocolError(error.detail) from None
+    return int(match[1]), fields, bytes(buffer[end + 4:])
+
+
+def encode_response_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
+    """Return a response's status line, field lines and empty line. The fields must be checked."""
+    lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
+    head = f"HTTP/1.1 {status} {_REASONS.get(status, '')}\r\n{lines}\r\n"
+    return head.encode("latin-1", "replace")
+
+
+def encode_chunk(data: bytes) -> bytes:
+    """Return `data` as one chunk; the empty one is the last (RFC 9112, section 7.1)."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def parse_path(path: str) -> List[str]:
+    """Return the decoded segments of an absolute path: "/a/b%20c" is ["a", "b c"].
+
+    Raises BadRequest for dot segments, NUL, control characters and what is not UTF-8. A segment may
+    hold "/" after decoding: it is a value, and no file name.
+    """
+    segments = path[1:].split("/")
+    if "%" in path:
+        try:
+            segments = [urllib.parse.unquote(part, errors="strict") for part in segments]
+        except UnicodeDecodeError:
+            raise BadRequest("the path is not UTF-8 once its %XX are decoded") from None
+    for part in segments:
+        if part in (".", "..") or not (part.isprintable() or not part):
+            raise BadRequest("the path has a '.' or '..' segment or a control character")
+    return segments
+
+
+def parse_query(query: str) -> Dict[str, str]:
+    """Return a query string as {name: value}; of a repeated name the last value counts.
+
+    Raises BadRequest for what is not UTF-8 once decoded and for more than MAX_FIELDS values.
+    """
+    if not query:
+        return {}
+    try:
+        return dict(urllib.parse.parse_qsl(query, keep_blank_values=True, errors="strict",
+                                           max_num_fields=MAX_FIELDS))
+    except ValueError:
+        raise BadRequest(f"the query is not UTF-8 or has more than {MAX_FIELDS} values") from None
+
+
+# ---------------------------------------------------------------------------
+# 5. Event streams (WHATWG HTML, section 9.2). No sockets.
+# ---------------------------------------------------------------------------
+
+class Event(NamedTuple):
+    """One event of a stream. `id` is the last id seen, which the event itself may not have set."""
+    id: str
+    event: str
+    data: str
+
+
+def encode_event(data: str, event_id: Optional[int] = None) -> bytes:
+    """Return an event without an `event:` line, so that EventSource.onmessage fires."""
+    head = "" if event_id is None else f"id: {event_id}\n"
+    return (head + "".join([f"data: {line}\n" for line in data.split("\n")]) + "\n").encode()
+
+
+class EventParser:
+    """Turns a stream's bytes into events, whatever the cuts. `last_id` is for Last-Event-ID."""
+
+    def __init__(self, max_event: int = 4 * MAX_NOTIFICATION) -> None:
+        self.last_id = ""
+        self.retry_s: Optional[float] = None      # the reconnection time the server asked for
+        self._max_event = max_event
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="replace")
+        self._text = ""
+        self._data: List[str] = []
+        self._size = 0
+        self._event = ""
+
+    def feed(self, data: bytes) -> List[Event]:
+        """Return the events that `data` completes. Raises ProtocolError for a too large one."""
+        self._text += self._decoder.decode(data)
+        if "\r" in self._text:                    # a CR at the very end may be half a CR LF
+            held = self._text.endswith("\r")
+            text = self._text[:-1] if held else self._text
+            self._text = text.replace("\r\n", "\n").replace("\r", "\n") + ("\r" if held else "")
+        *lines, self._text = self._text.split("\n")
+        if self._size + len(self._text) > self._max_event:
+            raise ProtocolError(f"event of more than {self._max_event} bytes")
+        return [event for event in map(self._on_line, lines) if event is not None]
+
+    def _on_line(self, line: str) -> Optional[Event]:
+        if not line:
+            return self._finish()
+        name, _, value = line.partition(":")
+        value = value[1:] if value.startswith(" ") else value
+        if name == "data":
+            self._data.append(value)
+            self._size += len(value)
+        elif name == "id" and "\0" not in value:
+            self.last_id = value
+        elif name == "event":
+            self._event = value
+        elif name == "retry" and value.isascii() and value.isdigit():
+            self.retry_s = int(value) / 1000
+        return None
+
+    def _finish(self) -> Optional[Event]:
+        event = Event(self.last_id, self._event or "message", "\n".join(self._data))
+        empty = not self._data
+        self._data, self._event, self._size = [], "", 0
+        return None if empty else event
+
+
+# ---------------------------------------------------------------------------
+# 6. Threads that run a loop. They know nothing of what runs on them.
+# ---------------------------------------------------------------------------
+
+class LoopThread:
+    """An asyncio loop in a daemon thread of its own."""
+
+    def __init__(self, name: str) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> "LoopThread":
+        """Start the thread; return self."""
+        self._thread.start()
+        return self
+
+    def stop(self, timeout: float = STOP_S) -> bool:
+        """Cancel what runs on the loop, end its thread and join it; False when it is stuck.
+
+        A stuck thread (a handler that blocks) is a daemon, and does not keep the process alive.
+        """
+        if self._thread.is_alive():
+            self.call(self.loop.stop)
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def call(self, function: Callable[..., Any], *args: Any) -> None:
+        """Run `function(*args)` on the loop soon. Does nothing once the loop is closed."""
+        with contextlib.suppress(RuntimeError):   # "Event loop is closed": it came too late
+            self.loop.call_soon_threadsafe(function, *args)
+
+    def submit(self, coroutine: Any) -> "concurrent.futures.Future[Any]":
+        """Run a coroutine on the loop; return the future of its result."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the calling thread is this one."""
+        return threading.current_thread() is self._thread
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        try:
+            self.loop.run_forever()
+            self._cancel_tasks()
+        finally:
+            self.loop.close()
+
+    def _cancel_tasks(self) -> None:
+        tasks = asyncio.all_tasks(self.loop)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            waiting = asyncio.wait(tasks, timeout=STOP_S)
+            self.loop.run_until_complete(waiting)
+        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+
+
+def _set_result(future: "asyncio.Future[Any]", result: Any) -> None:
+    if not future.done():                         # its waiter may have been cancelled
+        future.set_result(result)
+
+
+def _set_exception(future: "asyncio.Future[Any]", error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+class Workers:
+    """Daemon threads that run blocking calls, started when needed, `limit` at the most.
+
+    Unlike those of concurrent.futures, they do not hold up the end of the process.
+    """
+
+    def __init__(self, name: str, limit: int = MAX_WORKERS) -> None:
+        self._name, self._limit = name, limit
+        self._lock = threading.Condition()
+        self._jobs: Deque[Callable[[], None]] = collections.deque()    # guarded by _lock
+        self._threads = self._idle = 0            # guarded by _lock
+        self._stopped = False                     # guarded by _lock
+
+    def run(self, job: Callable[[], None]) -> None:
+        """Run `job` in a thread, now or when one is free. It must not raise."""
+        with self._lock:
+            if self._stopped:
+                raise Unavailable("the plugin is being removed")
+            self._jobs.append(job)
+            if self._idle >= len(self._jobs):
+                self._lock.notify()
+                return
+            if self._threads >= self._limit:
+                return                            # it waits for the next thread that is done
+            self._threads += 1
+        threading.Thread(target=self._work, name=f"{self._name}-worker", daemon=True).start()
+
+    async def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return what `function(*args)` returns, run in a thread; raise what it raises."""
+        loop = asyncio.get_running_loop()
+        future: "asyncio.Future[Any]" = loop.create_future()
+
+        def job() -> None:
+            try:
+                result, setter = function(*args), _set_result
+            except BaseException as error:
+                result, setter = error, _set_exception
+            with contextlib.suppress(RuntimeError):    # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(setter, future, result)
+
+        self.run(job)
+        return await future
+
+    def stop(self) -> None:
+        """End the idle threads now, the others when their job is done."""
+        with self._lock:
+            self._stopped = True
+            self._lock.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                self._idle += 1
+                while not self._jobs and not self._stopped:
+                    self._lock.wait()
+                self._idle -= 1
+                if not self._jobs:
+                    self._threads -= 1
+                    return
+                job = self._jobs.popleft()
+            job()
+            del job                               # or an idle thread would hold its request
+
+
+# ---------------------------------------------------------------------------
+# 7. Sockets on a loop, and dialling. No HTTP semantics, no frames: bytes move here.
+# ---------------------------------------------------------------------------
+
+_WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+class Channel:
+    """A non-blocking socket, plain or TLS, served by a loop.
+
+    `on_data(bytes)` is called for what arrives, `on_close(reason)` once, at the end; both on the
+    loop. send() may be called by any thread: it writes at once when the socket takes it, which
+    saves a switch to the loop's thread, and leaves the rest to the loop.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket,
+                 on_data: Callable[[bytes], None], on_close: Callable[[str], None]) -> None:
+        sock.setblocking(False)
+        self._loop, self._sock, self._fd = loop, sock, sock.fileno()
+        self._on_data, self._on_close = on_data, on_close
+        self._is_tls = isinstance(sock, ssl.SSLSocket)
+        # covers every use of the socket: an SSLSocket must not be used by two threads at once
+        self._lock = threading.Lock()
+        self._unsent: Deque[memoryview] = collections.deque()    # guarded by _lock
+        self._unsent_size = 0                     # guarded by _lock; read without it as an estimate
+        self._closed = False                      # guarded by _lock; only close() sets it
+        self._closing = self._draining = False    # the loop's: see close_when_sent()
+        self._reading = self._writing = False     # the loop's: what the selector watches
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that wait to be sent."""
+        return self._unsent_size
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() ran."""
+        return self._closed
+
+    def start(self) -> None:
+        """Begin to read. On the loop."""
+        self.resume_reading()
+        if self._is_tls:
+            self._on_readable()                   # TLS may hold bytes that select() does not see
+
+    def pause_reading(self) -> None:
+        """Leave further bytes in the kernel, which slows the peer down. On the loop."""
+        if self._reading:
+            self._loop.remove_reader(self._fd)
+            self._reading = False
+
+    def resume_reading(self) -> None:
+        """Undo pause_reading(). On the loop."""
+        if not self._reading and not self._closed:
+            self._loop.add_reader(self._fd, self._on_readable)
+            self._reading = True
+
+    def send(self, data: bytes) -> None:
+        """Send `data`, now or as soon as the socket takes it. Any thread. Lost after the close."""
+        with self._lock:
+            if self._closed:
+                return
+            waiting = bool(self._unsent)
+            self._unsent.append(memoryview(data))
+            self._unsent_size += len(data)
+            if waiting:
+                return                            # the loop is at it; order must be kept
+            error = self._flush_locked()
+            done = not self._unsent
+        if error:
+            self._call_on_loop(self.close, error)
+        elif not done:
+            self._call_on_loop(self._watch_writable)
+
+    def close_when_sent(self) -> None:
+        """Close once everything is sent and the peer had time to read it. On the loop.
+
+        What still arrives is read and dropped for LINGER_S: closing with bytes unread would reset
+        the connection, and the peer could lose the answer (RFC 9112, section 9.6).
+        """
+        self._closing = True
+        if not self._unsent_size:
+            self._linger()
+
+    def _linger(self) -> None:
+        if self._draining or self._closed:
+            return
+        self._draining = True
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)   # under TLS: reads raw bytes from now on
+        self.resume_reading()
+        self._loop.call_later(LINGER_S, self.close, "")
+
+    def close(self, reason: str = "closed") -> None:
+        """Close now and drop what is unsent; calls on_close once. On the loop."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._unsent.clear()
+            self._unsent_size = 0
+        self.pause_reading()
+        if self._writing:
+            self._loop.remove_writer(self._fd)
+        with contextlib.suppress(OSError):
+            # not unwrap(): TLS's closing handshake would wait for the peer
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+        self._on_close(reason)
+
+    def _call_on_loop(self, function: Callable[..., None], *args: Any) -> None:
+        with contextlib.suppress(RuntimeError):   # the loop is closed: so is the process, soon
+            self._loop.call_soon_threadsafe(function, *args)
+
+    def _on_readable(self) -> None:
+        if self._unsent_size:
+            self._on_writable()                   # TLS may have had to read before it could write
+        while not self._closed:
+            data, reason = self._recv()
+            if reason is not None:
+                self.close(reason)
+            elif data and not self._draining:
+                self._on_data(data)
+            # a plain socket that has more becomes readable again; TLS keeps it inside
+            if not data or not self._has_pending():
+                return
+
+    def _has_pending(self) -> bool:
+        if not self._is_tls or self._closed or self._draining or not self._reading:
+            return False
+        return self._sock.pending() > 0
+
+    def _recv(self) -> Tuple[bytes, Optional[str]]:
+        try:
+            with self._lock:
+                if self._closed:
+                    return b"", None
+                data = self._sock.recv(READ_SIZE)
+        except _WOULD_BLOCK:
+            return b"", None
+        except OSError as error:
+            return b"", str(error)
+        return data, None if data else "the peer closed the connection"
+
+    def _watch_writable(self) -> None:
+        if not self._writing and not self._closed and self._unsent_size:
+            self._loop.add_writer(self._fd, self._on_writable)
+            self._writing = True
+
+    def _on_writable(self) -> None:
+        with self._lock:
+            error = None if self._closed else self._flush_locked()
+            done = not self._unsent
+        if error:
+            self.close(error)
+        elif done and self._writing:
+            self._loop.remove_writer(self._fd)
+            self._writing = False
+        if done and self._closing:
+            self._linger()
+
+    def _flush_locked(self) -> Optional[str]:
+        """Send what the socket takes; return the reason when the connection is broken."""
+        try:
+            while self._unsent:
+                data = self._unsent[0]
+                sent = self._sock.send(data)
+                self._unsent_size -= sent
+                if sent < len(data):
+                    self._unsent[0] = data[sent:]
+                else:
+                    self._unsent.popleft()
+        except _WOULD_BLOCK:
+            return None
+        except OSError as error:
+            return str(error)
+        return None
+
+
+class BridgeURL(NamedTuple):
+    """A bridge's URL in parts; `prefix` is the path that a reverse proxy put before ours."""
+    tls: bool
+    host: str
+    port: int
+    prefix: str
+    token: Optional[str] = None
+
+    @property
+    def origin(self) -> str:
+        """Return scheme, host and port, without the prefix."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.tls else 'http'}://{host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether the host is this machine, by its name or number."""
+        return is_loopback(self.host)
+
+    def __str__(self) -> str:
+        return self.origin + self.prefix
+
+
+def parse_bridge_url(text: str) -> BridgeURL:
+    """Return the parts of "http(s)://host[:port][/prefix]"; ws(s) and a final /register are taken.
+
+    A password in the URL is taken as the token, for URLs made for other tools. Raises ValueError.
+    """
+    parts = urllib.parse.urlsplit(text if "://" in text else f"http://{text}")
+    tls = {"http": False, "ws": False, "https": True, "wss": True}.get(parts.scheme)
+    try:
+        port = parts.port
+    except ValueError:
+        tls = None
+    if tls is None or not parts.hostname:
+        raise ValueError("a bridge URL is like https://bridge.example.org:8000")
+    prefix = parts.path.rstrip("/")
+    if prefix.endswith("/register"):
+        prefix = prefix[:-len("/register")]
+    token = urllib.parse.unquote(parts.password) if parts.password else None
+    default = DEFAULT_PORT if "://" not in text else 443 if tls else 80
+    return BridgeURL(tls, parts.hostname, port or default, prefix, token)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` names this machine for certain: localhost, 127.0.0.0/8 or ::1."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def find_proxy(url: BridgeURL) -> Optional[BridgeURL]:
+    """Return the HTTP proxy that the environment names for `url` (HTTPS_PROXY, NO_PROXY, ...).
+
+    Never one for this machine itself: sites set a proxy for the world, and tunnels end here.
+    Raises ValueError for a proxy that is not http://.
+    """
+    if url.is_loopback or urllib.request.proxy_bypass(f"{url.host}:{url.port}"):
+        return None
+    proxy = urllib.request.getproxies().get("https" if url.tls else "http")
+    if not proxy:
+        return None
+    parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    if parts.scheme != "http" or not parts.hostname:
+        raise ValueError(f"a proxy must be http://host:port; the environment names {parts.scheme}://")
+    user = urllib.parse.unquote(parts.username or "")
+    secret = f"{user}:{urllib.parse.unquote(parts.password or '')}" if user else None
+    return BridgeURL(False, parts.hostname, parts.port or 80, "", secret)
+
+
+def client_tls(cert: Optional[str]) -> Tuple[ssl.SSLContext, Optional[bytes]]:
+    """Return (context, pinned SHA-256 fingerprint or None) that verify a bridge.
+
+    cert: None for the system's CAs, a file of CA or self-signed certificates (PEM), or
+    "sha256:HEX", which pins the bridge's own certificate. Raises ValueError for a bad one.
+    """
+    if cert and cert.lower().startswith("sha256:"):
+        return _pinning_tls(), _parse_fingerprint(cert)
+    try:
+        context = ssl.create_default_context(cafile=cert or None)
+    except (OSError, ssl.SSLError) as error:
+        raise ValueError(f"the certificate file {cert!r} cannot be read: {error}") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # Python 3.13 asks for extensions that the self-made certificates of older tools lack
+    context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+    return context, None
+
+
+def _pinning_tls() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.check_hostname = False                # the fingerprint is checked in place of both,
+    context.verify_mode = ssl.CERT_NONE           # by check_pin(), before a byte is sent
+    return context
+
+
+def _parse_fingerprint(text: str) -> bytes:
+    try:
+        digest = bytes.fromhex(text[len("sha256:"):].replace(":", ""))
+    except ValueError:
+        digest = b""
+    if len(digest) != hashlib.sha256().digest_size:
+        raise ValueError("a pinned certificate is 'sha256:' and 64 hexadecimal digits")
+    return digest
+
+
+def check_pin(sock: socket.socket, pin: Optional[bytes]) -> None:
+    """Raise ssl.SSLCertVerificationError unless the peer's certificate is the pinned one."""
+    if pin is None or not isinstance(sock, ssl.SSLSocket):
+        return
+    found = hashlib.sha256(sock.getpeercert(binary_form=True) or b"").digest()
+    if not hmac.compare_digest(found, pin):
+        raise ssl.SSLCertVerificationError(
+            f"its fingerprint is sha256:{found.hex()}, not the pinned one")
+
+
+def _recv_response(sock: socket.socket) -> Tuple[int, Dict[str, str], bytes]:
+    buffer = b""
+    while True:
+        data = sock.recv(READ_SIZE)
+        if not data:
+            raise ProtocolError("the connection was closed before an answer came")
+        buffer += data
+        parsed = parse_response_head(buffer)
+        if parsed is not None:
+            return parsed
+
+
+def _open_tcp(url: BridgeURL) -> socket.socket:
+    sock = socket.create_connection((url.host, url.port), timeout=HANDSHAKE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    return sock
+
+
+def _open_tunnel(proxy: BridgeURL, url: BridgeURL) -> socket.socket:
+    """Ask an HTTP proxy for a connection to `url` (CONNECT; RFC 9110, section 9.3.6)."""
+    sock = _open_tcp(proxy)
+    try:
+        host = f"[{url.host}]" if ":" in url.host else url.host
+        lines = [f"CONNECT {host}:{url.port} HTTP/1.1", f"Host: {host}:{url.port}"]
+        if proxy.token:
+            basic = base64.b64encode(proxy.token.encode()).decode()
+            lines.append(f"Proxy-Authorization: Basic {basic}")
+        sock.sendall("\r\n".join([*lines, "", ""]).encode())
+        status, _, rest = _recv_response(sock)
+        if status // 100 != 2 or rest:
+            raise ProtocolError(f"the proxy {proxy.host}:{proxy.port} answers {status} to CONNECT")
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+def open_connection(url: BridgeURL, cert: Optional[str]) -> socket.socket:
+    """Return a connected socket to a bridge, through the proxy and TLS it needs, verified. Blocks.
+
+    Raises OSError (of which SSL errors are a kind), ProtocolError or ValueError.
+    """
+    context, pin = client_tls(cert) if url.tls else (None, None)
+    proxy = find_proxy(url)
+    sock = _open_tunnel(proxy, url) if proxy else _open_tcp(url)
+    try:
+        if context is not None:
+            sock = context.wrap_socket(sock, server_hostname=url.host)
+            check_pin(sock, pin)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+class Refused(Exception):
+    """The upgrade was answered with something else than 101."""
+
+    _ADVICE = {401: "the bridge does not know this token: see --token and RADICAL_BRIDGE_TOKEN",
+               403: "the token may not register this edge: it needs the scope 'edge' or 'admin'",
+               404: "there is no bridge at this path: check the URL's prefix",
+               429: "too many wrong tokens came from here: wait a minute"}
+
+    def __init__(self, status: int, fields: Dict[str, str]) -> None:
+        advice = self._ADVICE.get(status, "is this the URL of a Radical Edge bridge?")
+        super().__init__(f"HTTP {status}: {advice}")
+        self.status = status
+        self.retry_after = fields.get("retry-after", "")
+
+
+def open_websocket(url: BridgeURL, token: Optional[str],
+                   cert: Optional[str]) -> Tuple[socket.socket, bytes]:
+    """Return (socket, first bytes) of a WebSocket to a bridge's /register. Blocks.
+
+    Raises what open_connection() raises, and Refused when the bridge answers anything but 101.
+    """
+    sock = open_connection(url, cert)
+    try:
+        key = base64.b64encode(os.urandom(16)).decode()
+        host = url.origin.partition("://")[2]
+        lines = [f"GET {url.prefix}/register HTTP/1.1", f"Host: {host}", "Connection: Upgrade",
+                 "Upgrade: websocket", "Sec-WebSocket-Version: 13", f"Sec-WebSocket-Key: {key}"]
+        if token:
+            lines.append(f"Authorization: Bearer {token}")
+        sock.sendall("\r\n".join([*lines, "", ""]).encode())
+        status, fields, rest = _recv_response(sock)
+        if status != HTTPStatus.SWITCHING_PROTOCOLS:
+            raise Refused(status, fields)
+        if fields.get("sec-websocket-accept") != accept_key(key):
+            raise ProtocolError("the upgrade was answered without the right Sec-WebSocket-Accept")
+        return sock, rest
+    except BaseException:
+        sock.close()
+        raise
+
+
+def explain(error: BaseException) -> str:
+    """Return what a connection error means and what to do about it, in one line."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return (f"the bridge's certificate is not trusted ({error.args[-1]}): give its certificate "
+                "or its fingerprint with --cert or RADICAL_BRIDGE_CERT")
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed ({error.reason or error}): is it https there?"
+    if isinstance(error, socket.gaierror):
+        return f"the bridge's host name is not known here ({error.strerror}): check --url"
+    if isinstance(error, ConnectionRefusedError):
+        return "nothing listens there: is the bridge running, and are host and port right?"
+    if isinstance(error, (socket.timeout, TimeoutError)):
+        return "no answer: a firewall may be in between; is a proxy needed (HTTPS_PROXY)?"
+    return str(error) or type(error).__name__
+
+
+# ---------------------------------------------------------------------------
+# 8. Security: who may do what. Tokens and where they are kept, cookies, origins, hosts. No sockets.
+# ---------------------------------------------------------------------------
+
+class Scope(str, enum.Enum):
+    """What a token is good for (DESIGN: `admin` everything, `client` plugins and own sessions,
+    `read` looking, `edge` registering)."""
+    ADMIN, CLIENT, READ, EDGE = "admin", "client", "read", "edge"
+
+
+# what a route may ask for, and the scopes that have it
+_GRANTS = {"look": frozenset((Scope.ADMIN, Scope.CLIENT, Scope.READ)),
+           "use": frozenset((Scope.ADMIN, Scope.CLIENT)),
+           "register": frozenset((Scope.ADMIN, Scope.EDGE)),
+           "manage": frozenset((Scope.ADMIN,))}
+
+
+class Identity(NamedTuple):
+    """Who makes a request: the token's name and scope, and the edge names it may register."""
+    name: str
+    scope: Scope
+    edges: str = "*"
+
+    def may(self, right: str) -> bool:
+        """Whether the token's scope grants "look", "use", "register" or "manage"."""
+        return self.scope in _GRANTS[right]
+
+
+ANYONE = Identity("anyone", Scope.ADMIN)          # with --no-auth
+
+
+def home_dir() -> Path:
+    """Return ~/.radical/edge, where tokens, certificates and state are kept."""
+    return Path(os.path.expanduser("~")) / ".radical" / "edge"
+
+
+def write_private(path: Path, text: str) -> None:
+    """Replace a file atomically by one that only its owner can read. Safe on NFS."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def read_private(path: Path) -> Optional[str]:
+    """Return a file's text without white space around it, None when there is no such file.
+
+    Raises EdgeError when others can read it (as ssh does with its keys) or it cannot be read.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            text = file.read(MAX_PRIVATE_FILE)
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise EdgeError(f"{path} cannot be read: {error}") from None
+    if mode & 0o077:
+        raise EdgeError(f"{path} can be read by others: chmod 600 {path}")
+    return text.strip()
+
+
+def _digest(token: str) -> str:
+    # tokens are 256 random bits, so a plain hash cannot be searched; no salt, no stretching
+    return hashlib.sha256(token.encode(errors="surrogatepass")).hexdigest()
+
+
+def is_valid_name(name: Any) -> bool:
+    """Whether `name` may name an edge or a plugin instance: it becomes part of URLs and paths."""
+    return isinstance(name, str) and NAME_PATTERN.fullmatch(name) is not None
+
+
+class TokenStore:
+    """The tokens that a bridge knows: hashes, in a file that only its owner can read.
+
+    path: a JSON file {"tokens": [{"name", "scope", "hash", "created", "expires", "edges"}]}.
+    find() may be called by any thread. refresh() notices changes on disk, so that a token is
+    revoked without a restart.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # replaced as a whole and never changed, so that readers need no lock
+        self._records: List[Dict[str, Any]] = []
+        self._by_prefix: Dict[str, List[Dict[str, Any]]] = {}
+        self._stamp: Tuple[int, ...] = (-1,)      # of the file that was read
+        self._fixed: List[Dict[str, Any]] = []    # not in the file: RADICAL_BRIDGE_TOKEN
+        self.refresh()
+
+    def refresh(self) -> bool:
+        """Read the file if it has changed; return whether it had. Raises EdgeError if it is bad."""
+        try:
+            status = os.stat(self._path)
+            stamp: Tuple[int, ...] = (status.st_mtime_ns, status.st_size, status.st_ino)
+        except FileNotFoundError:
+            stamp = ()
+        if stamp == self._stamp:
+            return False
+        self._set(self._read() if stamp else [])
+        self._stamp = stamp
+        return True
+
+    def find(self, token: str) -> Optional[Identity]:
+        """Return who the token belongs to; None when it is unknown, revoked or expired."""
+        digest = _digest(token)
+        # a hash's prefix tells nothing of the token; the whole is compared in constant time
+        for record in self._by_prefix.get(digest[:8], ()):
+            if hmac.compare_digest(record["hash"], digest):
+                return self._identity(record)
+        return None
+
+    def find_named(self, name: str) -> Optional[Tuple[Identity, str]]:
+        """Return (identity, hash) of the token with this name, as find() does."""
+        for record in self._records + self._fixed:
+            if record["name"] == name:
+                identity = self._identity(record)
+                return (identity, record["hash"]) if identity else None
+        return None
+
+    def add_fixed(self, name: str, token: str) -> None:
+        """Accept `token` as admin for as long as this process lives; it is written nowhere."""
+        self._fixed.append({"name": name, "scope": "admin", "hash": _digest(token)})
+        self._set(self._records)
+
+    def add(self, name: str, scope: str = "client", *, expires: Optional[float] = None,
+            edges: str = "*") -> str:
+        """Make a token, store its hash, and return the token, which is told only this once.
+
+        expires: seconds since the epoch, None for never. edges: a pattern such as "hpc*".
+        Raises Unprocessable for a bad name or scope, Conflict for a name that is taken.
+        """
+        if not is_valid_name(name):
+            raise Unprocessable(f"name: {name!r} is not 1 to 64 letters, digits, '.', '_' or '-'")
+        if scope not in [item.value for item in Scope]:
+            raise Unprocessable(f"scope: {scope!r} is not admin, client, read or edge")
+        self.refresh()
+        if any(record["name"] == name for record in self._records):
+            raise Conflict(f"there is a token named {name!r}: revoke it, or take another name")
+        token = secrets.token_urlsafe(32)
+        record = {"name": name, "scope": scope, "hash": _digest(token), "edges": edges,
+                  "created": int(time.time()), "expires": expires}
+        self._write(self._records + [record])
+        return token
+
+    def revoke(self, name: str) -> None:
+        """Forget the token with this name. Raises NotFound."""
+        self.refresh()
+        kept = [record for record in self._records if record["name"] != name]
+        if len(kept) == len(self._records):
+            raise NotFound(f"there is no token named {name!r}: see --token list")
+        self._write(kept)
+
+    def list(self) -> List[Dict[str, Any]]:
+        """Return {"name", "scope", "edges", "created", "expires"} of each token in the file."""
+        self.refresh()
+        return [{key: record.get(key) for key in ("name", "scope", "edges", "created", "expires")}
+                for record in self._records]
+
+    def _set(self, records: List[Dict[str, Any]]) -> None:
+        by_prefix: Dict[str, List[Dict[str, Any]]] = {}
+        for record in records + self._fixed:
+            by_prefix.setdefault(record["hash"][:8], []).append(record)
+        self._records, self._by_prefix = records, by_prefix
+
+    def _read(self) -> List[Dict[str, Any]]:
+        text = read_private(self._path)
+        try:
+            records = json.loads(text or "{}").get("tokens", [])
+            for record in records:
+                self._check_record(record)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise EdgeError(f"{self._path} is damaged: restore it, or delete it and make new tokens"
+                            ) from None
+        return records
+
+    @staticmethod
+    def _check_record(record: Dict[str, Any]) -> None:
+        Scope(record["scope"])
+        if len(bytes.fromhex(record["hash"])) != 32 or not is_valid_name(record["name"]):
+            raise ValueError(record["name"])
+
+    def _write(self, records: List[Dict[str, Any]]) -> None:
+        write_private(self._path, json.dumps({"tokens": records}, indent=1) + "\n")
+        self.refresh()
+
+    @staticmethod
+    def _identity(record: Dict[str, Any]) -> Optional[Identity]:
+        expires = record.get("expires")
+        if expires is not None and expires <= time.time():
+            return None
+        return Identity(record["name"], Scope(record["scope"]), record.get("edges") or "*")
+
+
+def parse_lifetime(text: str) -> float:
+    """Return the seconds in "90s", "30m", "12h" or "30d". Raises ValueError."""
+    match = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a time such as 12h or 30d")
+    return int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+class LoginLimit:
+    """Counts wrong tokens by address. A right token is never refused for others' mistakes.
+
+    Guessing 256 bits is hopeless; the limit keeps the attempts from costing us, and visible.
+    """
+
+    MAX_ADDRESSES = 4096
+
+    def __init__(self) -> None:
+        # by address: (begin of the window, failures in it)
+        self._failures: "collections.OrderedDict[str, Tuple[float, int]]"
+        self._failures = collections.OrderedDict()
+
+    def on_failure(self, address: str, now: float) -> None:
+        """Count a failure; raise TooManyRequests when the address had too many."""
+        since, count = self._failures.pop(address, (now, 0))
+        if now - since > LOGIN_WINDOW_S:
+            since, count = now, 0
+        self._failures[address] = (since, count + 1)
+        if len(self._failures) > self.MAX_ADDRESSES:
+            self._failures.popitem(last=False)
+        if count >= LOGIN_FAILURES:
+            wait = LOGIN_WINDOW_S - (now - since)
+            raise TooManyRequests(f"too many wrong tokens from this address: wait {wait:.0f} s",
+                                  headers=_retry_after(wait))
+
+
+COOKIE_NAME = "radical_edge"
+
+
+def encode_cookie(name: str, token_hash: str, expires: int) -> str:
+    """Return a cookie's value: it proves the sign-in, does not hold the token, and outlives a
+    restart of the bridge but not the token's revocation."""
+    return f"{name}:{expires}:{_sign_cookie(name, token_hash, expires)}"
+
+
+def _sign_cookie(name: str, token_hash: str, expires: int) -> str:
+    return hmac.new(token_hash.encode(), f"{name}:{expires}".encode(), hashlib.sha256).hexdigest()
+
+
+def parse_cookies(header: str) -> Dict[str, str]:
+    """Return the cookies of a Cookie field (RFC 6265, section 5.4); of equal names the first."""
+    cookies: Dict[str, str] = {}
+    for pair in header.split(";"):
+        name, _, value = pair.strip().partition("=")
+        cookies.setdefault(name, value)
+    return cookies
+
+
+class Authenticator:
+    """Tells who makes a request, from its fields alone."""
+
+    def __init__(self, tokens: Optional[TokenStore], allowed_hosts: Iterable[str] = ()) -> None:
+        self._tokens = tokens                     # None: --no-auth
+        self._hosts = {host.lower() for host in allowed_hosts}
+        self._limit = LoginLimit()                # the loop's
+        self.failures = 0                         # the loop's; for /metrics
+
+    def identify(self, head: RequestHead, address: str) -> Optional[Identity]:
+        """Return who makes the request; None for a request without credentials.
+
+        Raises Unauthorized for wrong ones, TooManyRequests after too many of those, and Forbidden
+        for a browser that was led here by another site (Host and Origin).
+        """
+        self._check_origin(head)
+        authorization = head.fields.get("authorization")
+        if authorization is not None and self._tokens is not None:
+            return self._check_token(parse_authorization(authorization), address)
+        self._check_host(head.host)
+        if self._tokens is None:
+            return ANYONE
+        cookie = parse_cookies(head.fields.get("cookie", "")).get(COOKIE_NAME)
+        return self._check_cookie(cookie) if cookie else None
+
+    def sign_in(self, token: str, address: str) -> Tuple[Identity, str]:
+        """Return (identity, cookie value) for a browser's token; raises as identify() does."""
+        if self._tokens is None:
+            return ANYONE, ""
+        identity = self._check_token(token, address)
+        expires = int(time.time()) + COOKIE_S
+        return identity, encode_cookie(identity.name, _digest(token), expires)
+
+    def _check_token(self, token: str, address: str) -> Identity:
+        assert self._tokens is not None
+        identity = self._tokens.find(token) if token else None
+        if identity is None:
+            self.failures += 1
+            self._limit.on_failure(address, time.monotonic())
+            raise Unauthorized("this token is not known, or was revoked, or has expired",
+                               headers={"WWW-Authenticate": 'Bearer realm="radical-edge"'})
+        return identity
+
+    def _check_cookie(self, cookie: str) -> Optional[Identity]:
+        assert self._tokens is not None
+        name, _, rest = cookie.partition(":")
+        expires, _, signature = rest.partition(":")
+        found = self._tokens.find_named(name) if expires.isdigit() and len(expires) < 12 else None
+        if found is None or int(expires) < time.time():
+            return None
+        good = hmac.compare_digest(_sign_cookie(name, found[1], int(expires)), signature)
+        return found[0] if good else None
+
+    def _check_host(self, host: str) -> None:
+        """Refuse a name that is not ours: DNS rebinding points any name at this address."""
+        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+        if host and not is_loopback(name) and name.lower() not in self._hosts:
+            raise Forbidden(f"Host {host[:80]!r} is not a name of this bridge: start it with "
+                            "--allow-host NAME, or send a token in the Authorization field")
+
+    def _check_origin(self, head: RequestHead) -> None:
+        origin = head.fields.get("origin")
+        if origin is None or head.method in ("GET", "HEAD") and "upgrade" not in head.fields:
+            return
+        parts = urllib.parse.urlsplit(origin)
+        if parts.netloc.lower() != head.host.lower() and parts.hostname not in self._hosts:
+            raise Forbidden("the request comes from a page of another site (Origin)")
+
+
+def parse_authorization(value: str) -> str:
+    """Return the token of "Bearer TOKEN", or of "Basic", whose password it then is (RFC 7617)."""
+    kind, _, credentials = value.partition(" ")
+    if kind.lower() == "bearer":
+        return credentials.strip()
+    if kind.lower() != "basic":
+        return ""
+    try:
+        return base64.b64decode(credentials.strip(), validate=True).decode().partition(":")[2]
+    except (ValueError, UnicodeDecodeError):
+        return ""
+
+
+def server_tls(cert: str, key: Optional[str]) -> ssl.SSLContext:
+    """Return the context of a bridge. Raises ValueError when the files cannot be used."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(cert, key)
+    except (OSError, ssl.SSLError) as error:
+        raise ValueError(f"--cert {cert!r} or --key {key!r} cannot be used: {error}") from None
+    return context
+
+
+class Target(NamedTuple):
+    """A bridge as edges and clients need it: where it is, what to say to it, what to trust."""
+    url: BridgeURL
+    token: Optional[str]
+    cert: Optional[str]
+
+    @property
+    def headers(self) -> Dict[str, str]:
+        """The fields that prove who we are."""
+        return {"Authorization": f"Bearer {self.token}"} if self.token else {}
+
+
+def find_bridge(url: Optional[str] = None, token: Optional[str] = None,
+                cert: Optional[str] = None) -> Target:
+    """Return the bridge that arguments, environment and ~/.radical/edge name, in that order.
+
+    The files are read anew at each call: a token may have been replaced. Raises ValueError for a
+    malformed URL, or one that would send the token in the clear, and EdgeError for a bad file.
+    """
+    known_url, known_cert = default_bridge()
+    parsed = parse_bridge_url(url or known_url)
+    if not parsed.tls and not parsed.is_loopback and \
+            os.environ.get("RADICAL_BRIDGE_INSECURE") != "1":
+        raise ValueError(f"{parsed} would get the token unencrypted: use https://, or --insecure "
+                         "(RADICAL_BRIDGE_INSECURE=1) if the network is your own")
+    cert = cert or os.environ.get("RADICAL_BRIDGE_CERT") or \
+        (known_cert if parsed == parse_bridge_url(known_url) else None)
+    return Target(parsed, token or parsed.token or default_token(), cert or None)
+
+
+def default_bridge() -> Tuple[str, Optional[str]]:
+    """Return (URL, pinned certificate or None): RADICAL_BRIDGE_URL, what a bridge on this host
+    wrote to ~/.radical/edge/url, or the default port of this machine."""
+    try:
+        lines = (home_dir() / "url").read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError):
+        lines = []
+    url, cert = [*lines[:2], None, None][:2]
+    given = os.environ.get("RADICAL_BRIDGE_URL")
+    if given and given != url:
+        return given, None
+    return url or f"http://127.0.0.1:{DEFAULT_PORT}", cert
+
+
+def default_token() -> Optional[str]:
+    """Return the token: RADICAL_BRIDGE_TOKEN, or ~/.radical/edge/token; None without either."""
+    return os.environ.get("RADICAL_BRIDGE_TOKEN") or read_private(home_dir() / "token") or None
+
+
+# ---------------------------------------------------------------------------
+# 9. State of a bridge that more than one part uses: events, counters. The loop owns it all.
+# ---------------------------------------------------------------------------
+
+class LoggedEvent(NamedTuple):
+    """A notification as every subscriber gets it. `chunk` is the event, chunked and encoded."""
+    id: int
+    edge: str
+    plugin: str
+    topic: str
+    chunk: bytes
+
+
+class EventLog:
+    """Numbers events and keeps the latest, bounded by count and bytes.
+
+    Numbers start at the milliseconds since the epoch, so that they do not go back when a bridge is
+    started again.
+    """
+
+    def __init__(self, max_events: int = MAX_EVENTS, max_bytes: int = MAX_EVENT_BYTES) -> None:
+        self._max_events, self._max_bytes = max_events, max_bytes
+        self._events: Deque[LoggedEvent] = collections.deque()
+        self._size = 0
+        self.last_id = time.time_ns() // 1_000_000
+
+    def append(self, edge: str, plugin: str, topic: str, data: Any) -> LoggedEvent:
+        """Return the next event, which is kept until it is the oldest of too many."""
+        self.last_id += 1
+        value = {"topic": "notification",
+                 "data": {"edge": edge, "plugin": plugin, "topic": topic, "data": data}}
+        chunk = encode_chunk(encode_event(encode_json(value), self.last_id))
+        event = LoggedEvent(self.last_id, edge, plugin, topic, chunk)
+        self._events.append(event)
+        self._size += len(chunk)
+        while len(self._events) > self._max_events or self._size > self._max_bytes:
+            self._size -= len(self._events.popleft().chunk)
+        return event
+
+    def since(self, event_id: int) -> Tuple[Optional[Dict[str, int]], List[LoggedEvent]]:
+        """Return (gap, events) after `event_id`; gap is {"from", "to"} of what is gone, or None."""
+        first = self._events[0].id if self._events else self.last_id + 1
+        gap = {"from": event_id + 1, "to": first - 1} if event_id + 1 < first else None
+        if event_id > self.last_id:               # not a number of ours: all we can say is that
+            return {"from": event_id, "to": self.last_id}, []
+        return gap, [event for event in self._events if event.id > event_id]
+
+
+class Counters:
+    """Counts and gauges for /metrics, in the Prometheus text format."""
+
+    _HELP = {
+        "requests_total": "requests answered, by status",
+        "request_seconds_sum": "seconds from the last byte of a request to its answer",
+        "notifications_total": "notifications received from edges",
+        "events_dropped_total": "events that did not reach a subscriber or a bridge",
+        "subscribers_cut_total": "subscribers cut off because they did not read",
+        "links_total": "edges that registered",
+        "links_lost_total": "links that ended",
+        "late_responses_total": "responses that came after their request was given up",
+        "refused_connections_total": "connections refused because there were too many",
+    }
+
+    def __init__(self) -> None:
+        self._counts: "collections.Counter[Tuple[str, str]]" = collections.Counter()
+
+    def add(self, name: str, value: float = 1, label: str = "") -> None:
+        """Add to a counter; label is like 'status="200"'."""
+        self._counts[name, label] += value       # type: ignore[assignment]
+
+    def encode(self, gauges: Dict[str, float]) -> str:
+        """Return all counters, and `gauges` as they are now (Prometheus text format 0.0.4)."""
+        lines = []
+        for name, text in self._HELP.items():
+            lines += [f"# HELP radical_edge_{name} {text}", f"# TYPE radical_edge_{name} counter"]
+            found = [(label, value) for (key, label), value in self._counts.items() if key == name]
+            for label, value in sorted(found) or [("", 0)]:
+                lines.append(f"radical_edge_{name}{{{label}}} {value:.6g}" if label else
+                             f"radical_edge_{name} {value:.6g}")
+        for name, value in gauges.items():
+            lines += [f"# TYPE radical_edge_{name} gauge", f"radical_edge_{name} {value:.6g}"]
+        return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------
+# 10. Routing, requests and responses, for the bridge's own routes and for plugins alike. No I/O.
+# ---------------------------------------------------------------------------
+
+class Headers(Dict[str, str]):
+    """Fields by name, in any case. The names are kept in lower case."""
+
+    def __init__(self, fields: Optional[Dict[str, str]] = None) -> None:
+        super().__init__({name.lower(): value for name, value in (fields or {}).items()})
+
+    def __getitem__(self, name: str) -> str:
+        return super().__getitem__(name.lower())
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and super().__contains__(name.lower())
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a field's value, or `default`."""
+        return super().get(name.lower(), default)
+
+
+class Request:
+    """A request as a handler sees it.
+
+    method, path; headers (a mapping, any case); path_params ({name: value}); query_params ({name:
+    value}, the last of equal names); user: the name of the caller's token, or None; scope: of that
+    token; request_id: in every log line; app: of the plugin; body_bytes: the whole body.
+    """
+
+    __slots__ = ("method", "path", "query", "headers", "path_params", "user", "scope", "request_id",
+                 "app", "body_bytes", "_query_params")
+
+    def __init__(self, method: str, target: str, headers: Dict[str, str], body: bytes = b"", *,
+                 user: Optional[str] = None, scope: str = "", app: Any = None) -> None:
+        self.method = method
+        self.path, _, self.query = target.partition("?")
+        self.headers = Headers(headers)
+        self.path_params: Dict[str, str] = {}
+        self.user, self.scope, self.app = user, scope, app
+        self.request_id = self.headers.get("x-request-id", "-")
+        self.body_bytes = body
+        self._query_params: Optional[Dict[str, str]] = None
+
+    @property
+    def query_params(self) -> Dict[str, str]:
+        """The query as {name: value}. Raises BadRequest when it is malformed."""
+        if self._query_params is None:
+            self._query_params = parse_query(self.query)
+        return self._query_params
+
+    async def body(self) -> bytes:
+        """Return the whole body."""
+        return self.body_bytes
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """Yield the body in pieces."""
+        if self.body_bytes:
+            yield self.body_bytes
+
+    async def json(self) -> Any:
+        """Return the body as a JSON value. Raises BadRequest when it is not JSON."""
+        return self.parse_json()
+
+    async def json_object(self) -> Dict[str, Any]:
+        """Return the body as a JSON object, {} when empty. Raises BadRequest or Unprocessable."""
+        value = self.parse_json() if self.body_bytes else {}
+        if not isinstance(value, dict):
+            raise Unprocessable("body: must be a JSON object, {...}")
+        return value
+
+    def parse_json(self) -> Any:
+        """Return what json() does, for plain `def` handlers."""
+        try:
+            return json.loads(self.body_bytes)
+        except (ValueError, RecursionError) as error:
+            raise BadRequest(f"the body is not JSON: {error}") from None
+
+    def query_int(self, name: str, default: int, minimum: int = 0) -> int:
+        """Return a query value as a number. Raises Unprocessable when it is none or too small."""
+        text = self.query_params.get(name)
+        if text is None:
+            return default
+        if not re.fullmatch(r"-?[0-9]{1,18}", text) or int(text) < minimum:
+            raise Unprocessable(f"{name}: {text[:40]!r} is not a whole number of {minimum} or more")
+        return int(text)
+
+    def query_bool(self, name: str, default: bool = False) -> bool:
+        """Return a query value as a bool. Raises Unprocessable for anything but true and false."""
+        text = self.query_params.get(name, str(default)).lower()
+        if text not in ("true", "false", "1", "0", "yes", "no"):
+            raise Unprocessable(f"{name}: {text[:40]!r} is not true or false")
+        return text in ("true", "1", "yes")
+
+
+class Response:
+    """What a handler answers: a body, a status, fields and a media type."""
+
+    media_type: Optional[str] = None
+
+    def __init__(self, content: Any = b"", status_code: int = 200,
+                 headers: Optional[Dict[str, str]] = None,
+                 media_type: Optional[str] = None) -> None:
+        self.status_code = int(status_code)
+        self.headers = Headers(headers)
+        self.body = self.encode(content)
+        media_type = media_type or self.media_type
+        if media_type and "content-type" not in self.headers:
+            self.headers["content-type"] = media_type
+
+    def encode(self, content: Any) -> bytes:
+        """Return the content as bytes."""
+        if content is None:
+            return b""
+        return content.encode() if isinstance(content, str) else bytes(content)
+
+
+class JSONResponse(Response):
+    """A response whose content is a JSON value. Raises ValueError or TypeError when it is none."""
+
+    media_type = "application/json"
+
+    def encode(self, content: Any) -> bytes:
+        return encode_json(content).encode()
+
+
+def to_response(value: Any) -> Response:
+    """Return what a handler returned as a Response: a Response itself, or any JSON value."""
+    return value if isinstance(value, Response) else JSONResponse(value)
+
+
+def error_response(error: EdgeError) -> Response:
+    """Return the reply to an error, in the shape that all errors have."""
+    return JSONResponse(error.to_dict(), int(error.status), error.headers)
+
+
+class Route(NamedTuple):
+    """A method and a pattern such as "status/{sid}", and what answers it.
+
+    right: what the bridge asks of the caller's scope, None for nothing.
+    """
+    method: str
+    pattern: str
+    handler: Callable[..., Any]
+    is_async: bool
+    right: Optional[str] = None
+
+    @property
+    def segments(self) -> List[str]:
+        """The pattern's segments."""
+        return self.pattern.strip("/").split("/")
+
+
+class Router:
+    """Finds the route of a path. Literal segments win over parameters; HEAD is served by GET."""
+
+    def __init__(self) -> None:
+        # by number of segments; replaced as a whole, so that other threads may read it
+        self._routes: Dict[int, Tuple[Route, ...]] = {}
+
+    def add(self, method: str, pattern: str, handler: Callable[..., Any],
+            right: Optional[str] = None) -> None:
+        """Add a route; one with the same method and pattern is replaced."""
+        pattern = pattern.strip("/")
+        route = Route(method, pattern, handler, inspect.iscoroutinefunction(handler), right)
+        size = len(route.segments)
+        others = [known for known in self._routes.get(size, ())
+                  if (known.method, known.pattern) != (method, pattern)]
+        ordered = sorted([*others, route], key=lambda known: [part.startswith("{")
+                                                              for part in known.segments])
+        self._routes = {**self._routes, size: tuple(ordered)}
+
+    def match(self, method: str, segments: List[str]) -> Tuple[Route, Dict[str, str]]:
+        """Return (route, path parameters). Raises NotFound or MethodNotAllowed."""
+        wanted = "GET" if method == "HEAD" else method
+        allowed = set()
+        for route in self._routes.get(len(segments), ()):
+            params = self._match_segments(route.pattern, segments)
+            if params is not None:
+                if route.method == wanted:
+                    return route, params
+                allowed.update((route.method, "HEAD") if route.method == "GET" else (route.method,))
+        path = "/".join(segments)[:120]
+        if allowed:
+            names = ", ".join(sorted(allowed))
+            raise MethodNotAllowed(f"{method} is not for {path!r}; it takes {names}",
+                                   headers={"Allow": names})
+        raise NotFound(f"there is no route {path!r}")
+
+    def list(self) -> List[Route]:
+        """Return all routes, by pattern."""
+        found = [route for routes in self._routes.values() for route in routes]
+        return sorted(found, key=lambda route: (route.pattern, route.method))
+
+    @staticmethod
+    def _match_segments(pattern: str, segments: List[str]) -> Optional[Dict[str, str]]:
+        params = {}
+        for wanted, found in zip(pattern.split("/"), segments):
+            if wanted.startswith("{"):
+                name, _, suffix = wanted[1:].partition("}")
+                if not found.endswith(suffix) or len(found) <= len(suffix):
+                    return None
+                params[name] = found[:len(found) - len(suffix)]
+            elif wanted != found:
+                return None
+        return params
+
+
+# ---------------------------------------------------------------------------
+# 11. Plugins: the classes that plugin authors use, and the host that runs plugins on an edge or on
+#     the bridge. It knows nothing of links and sockets.
+# ---------------------------------------------------------------------------
+
+_current_request: "contextvars.ContextVar[Optional[Request]]" = contextvars.ContextVar(
+    "radical_edge_request", default=None)
+
+
+def _route_decorator(method: str) -> Callable[[str], Callable[[Any], Any]]:
+    def with_path(path: str) -> Callable[[Any], Any]:
+        def mark(function: Any) -> Any:
+            function.radical_edge_routes = [*getattr(function, "radical_edge_routes", []),
+                                            (method, path)]
+            return function
+        return mark
+    with_path.__doc__ = f"Serve {method} requests for `path`, under the plugin's namespace."
+    return with_path
+
+
+get = _route_decorator("GET")
+post = _route_decorator("POST")
+put = _route_decorator("PUT")
+delete = _route_decorator("DELETE")
+
+
+def plugin(name: str) -> Callable[[Type["Plugin"]], Type["Plugin"]]:
+    """Register the decorated Plugin subclass under `name`, which becomes its plugin_name."""
+    def register(cls: Type["Plugin"]) -> Type["Plugin"]:
+        cls.plugin_name = name
+        Plugin._register(cls)
+        return cls
+    return register
+
+
+class PluginSession:
+    """One client's state in a plugin; subclasses add methods and keyword arguments.
+
+    The keyword arguments are what the client sent to register_session. They are stored and given
+    again when the edge is restarted, so they must be JSON values.
+    """
+
+    def __init__(self, sid: str) -> None:
+        self._sid = sid
+        self._active = True
+        self._plugin: Optional[Plugin] = None     # set by the plugin before start()
+
+    @property
+    def sid(self) -> str:
+        """The session id."""
+        return self._sid
+
+    @property
+    def is_active(self) -> bool:
+        """False once the session is closed."""
+        return self._active
+
+    def notify(self, topic: str, data: Dict[str, Any]) -> None:
+        """Send a notification to all subscribers. Any thread; nothing happens without a plugin."""
+        if self._plugin is not None:
+            self._plugin._dispatch_notify(topic, data)
+
+    async def start(self) -> None:
+        """Begin; called once on the plugin's loop, after restore() when the edge was restarted."""
+
+    async def close(self) -> Dict[str, Any]:
+        """End the session; it was unregistered or has expired. Returns {}."""
+        self._active = False
+        return {}
+
+    async def request_echo(self, q: str = "hello") -> Dict[str, Any]:
+        """Return {"sid", "echo"}: the simplest check that a session is reached."""
+        self._check_active()
+        return {"sid": self._sid, "echo": q}
+
+    def is_busy(self) -> bool:
+        """Return True while something lives in the session; it does not expire then."""
+        return False
+
+    def snapshot(self) -> Any:
+        """Return the state to keep over a restart, a JSON value; None for nothing."""
+        return None
+
+    def restore(self, state: Any) -> None:
+        """Take what snapshot() returned before the edge was restarted."""
+
+    def keep(self) -> None:
+        """Ask for snapshot() to be stored now. Any thread."""
+        if self._plugin is not None:
+            self._plugin._store_soon()
+
+    def _check_active(self) -> None:
+        if not self._active:
+            raise Conflict("session is closed")
+
+
+class _SessionRecord:
+    """What a plugin knows of a session beside the session itself. The plugin's loop owns it."""
+
+    __slots__ = ("session", "owner", "arguments", "created", "used")
+
+    def __init__(self, session: PluginSession, owner: Optional[str], arguments: Dict[str, Any],
+                 created: float, used: float) -> None:
+        self.session, self.owner, self.arguments = session, owner, arguments
+        self.created, self.used = created, used   # seconds since the epoch: they outlive a restart
+
+    def may_use(self, request: Optional[Request]) -> bool:
+        """Whether the caller's token made the session, or is an admin's."""
+        if request is None or self.owner is None or request.scope == Scope.ADMIN.value:
+            return True
+        return request.user == self.owner
+
+
+class Plugin:
+    """Base class of plugins: a URL namespace with routes and sessions.
+
+    plugin_name: names the type; what `-p` and get_plugin() look for. Defining it registers the
+    class, and so does @plugin(name).
+    instance_name: names the object, and its namespace /{instance_name}/...; the default is
+    plugin_name. session_ttl: seconds without use after which a session expires, 0 for never.
+
+    A handler takes a Request and returns a dict, a list or a Response. `async def` handlers run on
+    the plugin's own loop, plain `def` ones in a worker thread. What they raise of EdgeError goes to
+    the caller with its status; anything else is a bare 500 and a traceback in the edge's log.
+    """
+
+    _registry: Dict[str, Type["Plugin"]] = {}
+    plugin_name: str = ""
+    session_class: Optional[Type[PluginSession]] = None
+    client_class: Optional[Type] = None
+    version: str = "0.0.1"
+    session_ttl: int = 3600
+    ui_config: Any = None
+    ui_module: Optional[str] = None
+    why_disabled: str = "it is not for this machine"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__dict__.get("plugin_name"):
+            Plugin._register(cls)
+
+    def __init__(self, app: Any, instance_name: Optional[str] = None) -> None:
+        instance_name = instance_name or self.plugin_name
+        if not is_valid_name(instance_name):
+            raise ValueError(f"plugin instance name {instance_name!r} is not 1 to 64 letters, "
+                             "digits, '.', '_' or '-'")
+        self._app = app
+        self._instance_name = instance_name
+        self._uid = f"{instance_name}.{secrets.token_hex(4)}"
+        self._started = time.time()
+        self.router = Router()
+        self._sessions: Dict[str, _SessionRecord] = {}           # by sid; the plugin's loop's
+        self._expired: "collections.OrderedDict[str, None]" = collections.OrderedDict()   # likewise
+        self._store: Optional[_SessionStore] = None              # set by _open()
+        self._sweeper: Optional["asyncio.Task[None]"] = None
+        self._add_routes()
+
+    # -- names and registry
+
+    @classmethod
+    def get_plugin_class(cls, name: str) -> Optional[Type["Plugin"]]:
+        """Return the class registered under `name`, or None."""
+        return cls._registry.get(name)
+
+    @classmethod
+    def get_plugin_names(cls) -> List[str]:
+        """Return the names of all registered classes."""
+        return list(cls._registry)
+
+    @property
+    def namespace(self) -> str:
+        """The path under which the plugin is served on its edge: "/instance_name"."""
+        return f"/{self._instance_name}"
+
+    @property
+    def instance_name(self) -> str:
+        """The name of this instance."""
+        return self._instance_name
+
+    @property
+    def uid(self) -> str:
+        """A name for this object that no other has."""
+        return self._uid
+
+    @property
+    def state_dir(self) -> Path:
+        """A directory of this instance's own, made at the first use; mode 0700."""
+        path = Path(self._app.state.state_dir) / self._instance_name
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return path
+
+    # -- routes
+
+    def add_route(self, method: str, path: str, handler: Callable[..., Any]) -> None:
+        """Serve `method` requests for `path` ("status/{sid}") under the namespace."""
+        self.router.add(method, path, handler)
+
+    def add_route_get(self, path: str, method: Callable[..., Any]) -> None:
+        """Add a GET route to the namespace."""
+        self.add_route("GET", path, method)
+
+    def add_route_post(self, path: str, method: Callable[..., Any]) -> None:
+        """Add a POST route to the namespace."""
+        self.add_route("POST", path, method)
+
+    # -- what subclasses override
+
+    def is_enabled(self) -> bool:
+        """Return whether the plugin is for this machine; if not, set why_disabled."""
+        return True
+
+    async def start(self) -> None:
+        """Begin; called once on the plugin's loop, before the first request."""
+
+    async def stop(self) -> None:
+        """End; called once on the plugin's loop. Sessions stay: the edge may come back."""
+
+    async def on_topology_change(self, edges: Dict[str, Any]) -> None:
+        """Take notice of edges that came or went. edges: {name: {"plugins": [names]}}."""
+
+    def _create_session(self, sid: str, **kwargs: Any) -> PluginSession:
+        """Return a new session; override it when sessions need more than the client sent."""
+        if self.session_class is None:
+            raise NotFound(f"the plugin {self._instance_name!r} has no sessions")
+        self._check_arguments(self.session_class, sid, kwargs)
+        return self.session_class(sid, **kwargs)
+
+    # -- notifications
+
+    def _dispatch_notify(self, topic: str, data: Dict[str, Any]) -> None:
+        """Send a notification to all subscribers. Any thread, and async code; does not block."""
+        self._app.state.edge_service.notify(self._instance_name, topic, data)
+
+    async def send_notification(self, topic: str, data: Dict[str, Any]) -> None:
+        """Send a notification to all subscribers."""
+        self._dispatch_notify(topic, data)
+
+    # -- the routes that every plugin has
+
+    async def register_session(self, request: Request) -> Any:
+        """Make a session with the body's fields as its arguments; answer {"sid"}."""
+        arguments = await request.json_object()
+        sid = f"session.{secrets.token_hex(8)}"
+        await self._open_session(sid, request.user, arguments)
+        await self._store_now()
+        return {"sid": sid}
+
+    async def unregister_session(self, request: Request) -> Any:
+        """Close the session and forget it; answer {"ok": true}."""
+        sid = request.path_params["sid"]
+        record = self._find(sid)
+        del self._sessions[sid]
+        await record.session.close()
+        await self._store_now()
+        return {"ok": True}
+
+    async def get_version(self, request: Request) -> Any:
+        """Answer {"version"}."""
+        return {"version": self.version}
+
+    async def get_ui_config(self, request: Request) -> Any:
+        """Answer the description from which the Explorer renders the plugin's page."""
+        return self.describe_ui()
+
+    async def list_sessions(self, request: Request) -> Any:
+        """Answer {"sessions": [sid, ...]}: the caller's own, all of them for an admin."""
+        return {"sessions": [sid for sid, record in self._sessions.items()
+                             if record.may_use(request)]}
+
+    async def health_check(self, request: Request) -> Any:
+        """Answer {"status", "plugin", "version", "uptime" in seconds, "active_sessions"}."""
+        return {"status": "healthy", "plugin": self._instance_name, "version": self.version,
+                "uptime": time.time() - self._started, "active_sessions": len(self._sessions)}
+
+    async def _forward(self, sid: str, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return what `func(session, *args, **kwargs)` returns, awaited if need be.
+
+        Raises NotFound for a session that is not known, Gone for one that has expired, Forbidden
+        for one of another token.
+        """
+        result = func(self._find(sid).session, *args, **kwargs)
+        return await result if inspect.isawaitable(result) else result
+
+    def describe(self) -> Dict[str, Any]:
+        """Return what the bridge tells clients of this plugin."""
+        return {"type": self.plugin_name or self._instance_name, "namespace": self.namespace,
+                "version": self.version, "enabled": True, "ui_config": self.describe_ui()}
+
+    def describe_ui(self) -> Dict[str, Any]:
+        """Return ui_config as a dict; objects with to_dict() are taken too."""
+        config = self.ui_config
+        return dict(config.to_dict() if hasattr(config, "to_dict") else config or {})
+
+    # -- inside
+
+    @staticmethod
+    def _register(cls: Type["Plugin"]) -> None:
+        known = Plugin._registry.get(cls.plugin_name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            log.warning("plugin %r is registered again: %s takes the place of %s", cls.plugin_name,
+                        cls.__qualname__, known.__qualname__)
+        Plugin._registry[cls.plugin_name] = cls
+
+    def _add_routes(self) -> None:
+        self.add_route_post("register_session", self.register_session)
+        self.add_route_post("unregister_session/{sid}", self.unregister_session)
+        self.add_route_get("version", self.get_version)
+        self.add_route_get("list_sessions", self.list_sessions)
+        self.add_route_get("health", self.health_check)
+        self.add_route_get("ui_config", self.get_ui_config)
+        for name in dir(type(self)):
+            function = inspect.getattr_static(type(self), name)
+            for method, path in getattr(function, "radical_edge_routes", ()):
+                self.add_route(method, path, getattr(self, name))
+
+    @staticmethod
+    def _check_arguments(factory: Callable[..., Any], sid: str, arguments: Dict[str, Any]) -> None:
+        try:
+            inspect.signature(factory).bind(sid, **arguments)
+        except TypeError as error:
+            raise Unprocessable(f"register_session: {error}") from None
+
+    async def _open_session(self, sid: str, owner: Optional[str], arguments: Dict[str, Any], *,
+                            kept: Optional[Dict[str, Any]] = None) -> None:
+        self._check_arguments(self._create_session, sid, arguments)
+        session = self._create_session(sid, **arguments)
+        session._plugin = self
+        kept, now = kept or {}, time.time()
+        if kept.get("state") is not None:
+            session.restore(kept["state"])
+        self._sessions[sid] = _SessionRecord(session, owner, arguments, kept.get("created", now),
+                                             kept.get("used", now))
+        await session.start()
+
+    def _find(self, sid: str) -> _SessionRecord:
+        record = self._sessions.get(sid)
+        if record is None and sid in self._expired:
+            raise Gone(f"session {sid!r} has expired: register a new one")
+        if record is None:
+            raise NotFound(f"there is no session {sid[:80]!r}: register one")
+        if not record.may_use(_current_request.get()):
+            raise Forbidden(f"session {sid!r} belongs to another token")
+        record.used = time.time()
+        return record
+
+    async def _open(self, store: Optional["_SessionStore"]) -> None:
+        """Restore the sessions and start; called by the host, on the plugin's loop."""
+        self._store = store
+        for sid, kept in (await store.load() if store else {}).items():
+            try:
+                await self._open_session(sid, kept.get("owner"), kept.get("arguments") or {},
+                                         kept=kept)
+            except Exception:  # one bad session must not cost the others
+                log.exception("%s: session %s could not be restored", self._instance_name, sid)
+        await self.start()
+        if self.session_ttl > 0:
+            self._sweeper = asyncio.ensure_future(self._sweep())
+
+    async def _close(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        await self.stop()
+        if self._sessions:
+            await self._store_now()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(min(60.0, self.session_ttl / 4))
+            await self._expire(time.time() - self.session_ttl)
+
+    async def _expire(self, before: float) -> None:
+        old = [sid for sid, record in self._sessions.items()
+               if record.used < before and not record.session.is_busy()]
+        for sid in old:
+            record = self._sessions.pop(sid)
+            self._expired[sid] = None
+            if len(self._expired) > MAX_EXPIRED:
+                self._expired.popitem(last=False)
+            log.info("%s: session %s has expired", self._instance_name, sid)
+            try:
+                await record.session.close()
+            except Exception:
+                log.exception("%s: session %s failed to close", self._instance_name, sid)
+        if old:
+            await self._store_now()
+
+    async def _store_now(self) -> None:
+        if self._store is not None:
+            await self._store.save(self._session_states)
+
+    def _store_soon(self) -> None:
+        if self._store is not None:
+            self._store.loop.call_soon_threadsafe(
+                lambda: asyncio.ensure_future(self._store_now()))
+
+    def _session_states(self) -> Dict[str, Any]:
+        return {sid: {"owner": record.owner, "arguments": record.arguments,
+                      "created": record.created, "used": record.used,
+                      "state": record.session.snapshot()}
+                for sid, record in self._sessions.items()}
+
+
+class _SessionStore:
+    """Keeps a plugin's sessions in a file, for the next start. On the plugin's loop."""
+
+    def __init__(self, path: Path, workers: Workers) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._path = path
+        self._workers = workers
+        self._lock = asyncio.Lock()               # one writer at a time, so that the last one wins
+        self._wanted = self._done = 0             # saves asked for, and covered by a write
+
+    async def load(self) -> Dict[str, Any]:
+        """Return {sid: record}; {} when there is none or it is damaged, which is logged."""
+        try:
+            text = await self._workers.call(read_private, self._path)
+            sessions = json.loads(text or "{}").get("sessions", {})
+            return {sid: record for sid, record in sessions.items() if isinstance(record, dict)}
+        except (EdgeError, ValueError, AttributeError) as error:
+            log.error("sessions are lost: %s: %s", self._path, error)
+            return {}
+
+    async def save(self, get_states: Callable[[], Dict[str, Any]]) -> None:
+        """Write what `get_states()` returns; calls that wait at the same time share one write."""
+        self._wanted += 1
+        mine = self._wanted
+        async with self._lock:
+            if self._done >= mine:
+                return
+            covered = self._wanted
+            text = json.dumps({"sessions": get_states()})
+            try:
+                await self._workers.call(write_private, self._path, text)
+            except OSError as error:
+                log.error("sessions will not outlive this process: %s: %s", self._path, error)
+            self._done = covered
+
+
+class ClientManagedPlugin(Plugin):
+    """The older style of plugins: clients in place of sessions.
+
+    Routes: POST register_client -> {"cid"}; POST unregister_client/{cid}; GET echo/{cid}?q= ->
+    {"cid", "echo"}; version. A subclass sets session_class, or client_class to a class that is made
+    with the client's id.
+    """
+
+    async def _forward_client(self, request: Request, func: Callable[..., Any], *args: Any,
+                              **kwargs: Any) -> Any:
+        return await self._forward(request.path_params["cid"], func, *args, **kwargs)
+
+    @post("register_client")
+    async def register_client(self, request: Request) -> Any:
+        """Make a client; answer {"cid"}."""
+        return {"cid": (await self.register_session(request))["sid"]}
+
+    @post("unregister_client/{cid}")
+    async def unregister_client(self, request: Request) -> Any:
+        """Close a client and forget it; answer {"ok": true}."""
+        request.path_params["sid"] = request.path_params["cid"]
+        return await self.unregister_session(request)
+
+    @get("echo/{cid}")
+    async def echo(self, request: Request) -> Any:
+        """Answer {"cid", "echo"} with the query value `q`, "hello" by default."""
+        cid, text = request.path_params["cid"], request.query_params.get("q", "hello")
+        answer = await self._forward_client(request, lambda client: client.request_echo(text))
+        return {"cid": cid, "echo": answer["echo"]}
+
+    def _create_session(self, sid: str, **kwargs: Any) -> PluginSession:
+        factory = self.client_class or self.session_class or PluginSession
+        self._check_arguments(factory, sid, kwargs)
+        return factory(sid, **kwargs)
+
+
+def load_module(path: Path, name: str) -> types.ModuleType:
+    """Import a Python file under `name`, once; its plugins register themselves."""
+    import importlib.util                         # here: a bridge without plugins need not pay
+    known = sys.modules.get(name)
+    if known is not None:
+        return known
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def load_builtin_plugins() -> None:
+    """Import plugins.py, which stands beside this file; without it there are none built in."""
+    path = Path(__file__).resolve().with_name("plugins.py")
+    imported = sys.modules.get("plugins")         # somebody may have imported it by its own name
+    if imported is not None and Path(getattr(imported, "__file__", "") or "").resolve() == path:
+        return
+    if path.exists():
+        load_module(path, "radical_edge_plugins")
+
+
+def load_plugin_file(path: str) -> None:
+    """Import a plugin file given by --plugin-file. Raises ValueError when it cannot be."""
+    full = Path(path).expanduser().resolve()
+    try:
+        load_module(full, f"radical_edge_plugin_file_{_digest(str(full))[:8]}")
+    except Exception as error:                    # whatever its author did wrong
+        raise ValueError(f"--plugin-file {path}: {type(error).__name__}: {error}") from error
+
+
+def load_entry_points() -> None:
+    """Import the plugins of installed packages (entry points of the group radical.edge.plugins)."""
+    from importlib import metadata                # here: it costs 20 ms
+    points = metadata.entry_points()
+    select = getattr(points, "select", None)      # Python 3.9 returns a dict of groups
+    group = "radical.edge.plugins"
+    for point in select(group=group) if select else points.get(group, ()):
+        try:
+            point.load()
+        except Exception:                         # somebody else's package
+            log.exception("the plugin package %s cannot be loaded", point.value)
+
+
+def select_plugins(wanted: Optional[Iterable[str]]) -> List[str]:
+    """Return the registered names that `wanted` selects, by name or unique prefix; None is all.
+
+    Raises ValueError for a name that fits none or several.
+    """
+    names = Plugin.get_plugin_names()
+    if wanted is None:
+        return names
+    selected = []
+    for part in wanted:
+        found = [part] if part in names else [name for name in names if name.startswith(part)]
+        if len(found) != 1:
+            raise ValueError(f"-p {part}: fits {' and '.join(found) or 'no plugin'}; "
+                             f"there are: {', '.join(sorted(names)) or 'none'}")
+        selected.append(found[0])
+    return list(dict.fromkeys(selected))
+
+
+Reply = Callable[[Response], None]
+
+
+class _Hosted:
+    """A plugin with the thread, the loop and the workers that are its own."""
+
+    def __init__(self, name: str) -> None:
+        self.thread = LoopThread(f"plugin-{name}").start()
+        self.workers = Workers(f"plugin-{name}")
+        self.plugin: Any = None                   # set once it is made
+        self.tasks: Set["asyncio.Task[None]"] = set()    # handlers that run; the plugin's loop's
+
+    def stop(self) -> bool:
+        """Stop the plugin and its threads; False when something in it blocks."""
+        if self.plugin is not None:
+            with contextlib.suppress(Exception):
+                self.thread.submit(self.plugin._close()).result(STOP_S / 2)
+        self.workers.stop()
+        return self.thread.stop(STOP_S / 2)
+
+
+class PluginHost:
+    """Runs plugins and dispatches requests to them, on an edge or on the bridge.
+
+    name: the edge's name. notify(plugin, topic, data) and changed() are called on any thread.
+    """
+
+    def __init__(self, name: str, role: str, state_dir: Path, *, bridge_url: str = "",
+                 notify: Callable[[str, str, Any], None], changed: Callable[[], None]) -> None:
+        self.name = name
+        self._notify, self._changed = notify, changed
+        self._state_dir = state_dir
+        state = types.SimpleNamespace(edge_name=name, role=role, state_dir=state_dir,
+                                      bridge_url=bridge_url, edge_service=self)
+        self.app = types.SimpleNamespace(state=state)
+        self._lock = threading.Lock()             # guards changes of _hosted
+        self._hosted: Dict[str, _Hosted] = {}     # replaced as a whole: readers need no lock
+        self.disabled: Dict[str, str] = {}        # name to reason, of plugins that were not loaded
+
+    def load(self, names: Iterable[str]) -> None:
+        """Make and start one instance of each registered class; what fails is logged and left."""
+        for name in names:
+            try:
+                self.add(Plugin.get_plugin_class(name))
+            except Exception as error:            # one plugin must not cost the others
+                self.disabled[name] = str(error) or type(error).__name__
+                level = logging.INFO if isinstance(error, EdgeError) else logging.ERROR
+                log.log(level, "plugin %s is not loaded: %s", name, self.disabled[name],
+                        exc_info=None if isinstance(error, EdgeError) else error)
+
+    def add(self, factory: Any, instance_name: Optional[str] = None) -> "Plugin":
+        """Make an instance of a plugin class and serve it; return it. The topology follows.
+
+        Raises Unavailable with the reason when the plugin is not for this machine, and Conflict
+        when its name is taken.
+        """
+        name = instance_name or factory.plugin_name
+        if name in self._hosted:
+            raise Conflict(f"there is a plugin named {name!r} already: give another instance name")
+        hosted = _Hosted(name)
+        try:
+            making = hosted.thread.submit(self._make(hosted, factory, instance_name))
+            making.result(HANDSHAKE_S)
+        except BaseException as error:
+            hosted.stop()
+            if isinstance(error, concurrent.futures.TimeoutError):
+                raise Unavailable(f"it took more than {HANDSHAKE_S:.0f} s to start") from None
+            raise
+        with self._lock:
+            self._hosted = {**self._hosted, name: hosted}
+        self.disabled.pop(name, None)
+        self._changed()
+        return hosted.plugin
+
+    def remove(self, name: str) -> None:
+        """Stop a plugin and serve it no more. The topology follows. Raises NotFound."""
+        with self._lock:
+            if name not in self._hosted:
+                raise NotFound(f"there is no plugin named {name!r}")
+            hosted = self._hosted[name]
+            self._hosted = {key: value for key, value in self._hosted.items() if key != name}
+        self._changed()
+        hosted.stop()
+
+    def stop(self) -> bool:
+        """Stop all plugins at once; False when one of them is stuck."""
+        hosted, self._hosted = self._hosted, {}
+        results: List[bool] = []
+        stoppers = [threading.Thread(target=lambda item=item: results.append(item.stop()),
+                                     daemon=True) for item in hosted.values()]
+        for stopper in stoppers:
+            stopper.start()
+        for stopper in stoppers:
+            stopper.join(STOP_S)
+        return len(results) == len(stoppers) and all(results)
+
+    def describe(self) -> Dict[str, Dict[str, Any]]:
+        """Return {instance name: what the plugin tells of itself}."""
+        return {name: hosted.plugin.describe() for name, hosted in self._hosted.items()}
+
+    def describe_for_bridge(self) -> Dict[str, Dict[str, Any]]:
+        """Return describe() with what only the bridge needs: UI modules and routes."""
+        plugins = {}
+        for name, hosted in self._hosted.items():
+            described = dict(hosted.plugin.describe())
+            described["namespace"] = f"/{self.name}{hosted.plugin.namespace}"
+            described["ui_module"] = self._read_ui_module(hosted.plugin)
+            described["routes"] = [[route.method, route.pattern]
+                                   for route in hosted.plugin.router.list()]
+            plugins[name] = described
+        return plugins
+
+    def notify(self, plugin_name: str, topic: str, data: Any) -> None:
+        """Pass a plugin's notification on. Any thread."""
+        self._notify(plugin_name, topic, data)
+
+    def on_topology(self, edges: Dict[str, Any]) -> None:
+        """Tell every plugin of a changed topology. Any thread."""
+        for hosted in self._hosted.values():
+            hosted.thread.call(self._start_task, hosted, self._tell_topology(hosted.plugin, edges))
+
+    def dispatch(self, incoming: EdgeRequest, reply: Reply) -> None:
+        """Answer a request: calls `reply(response)` exactly once, on any thread. Never raises."""
+        try:
+            hosted, route, request = self._resolve(incoming)
+            if route.is_async:
+                hosted.thread.call(self._start_task, hosted,
+                                   self._run_async(route.handler, request, reply))
+            else:
+                hosted.workers.run(lambda: self._run_plain(route.handler, request, reply))
+        except EdgeError as error:
+            reply(error_response(error))
+
+    # -- inside
+
+    async def _make(self, hosted: _Hosted, factory: Any, instance_name: Optional[str]) -> None:
+        named = {"instance_name": instance_name} if instance_name else {}
+        made = factory(self.app, **named)
+        enabled = await hosted.workers.call(made.is_enabled)     # it may run programs
+        if not enabled:
+            raise Unavailable(made.why_disabled)
+        store = _SessionStore(made.state_dir / "sessions.json", hosted.workers)
+        await made._open(store)
+        hosted.plugin = made
+
+    def _resolve(self, incoming: EdgeRequest) -> Tuple[_Hosted, Route, Request]:
+        path = incoming.target.partition("?")[0]
+        segments = parse_path(path)
+        hosted = self._hosted.get(segments[0])
+        if hosted is None:
+            raise NotFound(self._explain_missing(segments[0]))
+        route, params = hosted.plugin.router.match(incoming.method, segments[1:])
+        request = Request(incoming.method, incoming.target, incoming.headers, incoming.body,
+                          user=incoming.headers.get("x-forwarded-user"),
+                          scope=incoming.headers.get("x-forwarded-scope", ""), app=self.app)
+        request.path_params = params
+        return hosted, route, request
+
+    def _explain_missing(self, name: str) -> str:
+        if name in self.disabled:
+            return f"the plugin {name!r} is not loaded on {self.name!r}: {self.disabled[name]}"
+        loaded = ", ".join(sorted(self._hosted)) or "none"
+        return f"{self.name!r} has no plugin {name[:80]!r}; it has: {loaded}"
+
+    @staticmethod
+    def _start_task(hosted: _Hosted, coroutine: Any) -> None:
+        task = hosted.thread.loop.create_task(coroutine)
+        hosted.tasks.add(task)                    # the loop itself keeps only a weak reference
+        task.add_done_callback(hosted.tasks.discard)
+
+    @staticmethod
+    async def _run_async(handler: Callable[..., Any], request: Request, reply: Reply) -> None:
+        _current_request.set(request)             # of this task alone
+        try:
+            response = to_response(await handler(request))
+        except asyncio.CancelledError:
+            response = error_response(Unavailable("the plugin was stopped"))
+        except Exception as error:
+            response = _failure_response(error, request)
+        reply(response)
+
+    @staticmethod
+    def _run_plain(handler: Callable[..., Any], request: Request, reply: Reply) -> None:
+        _current_request.set(request)             # of this thread, until its next request
+        try:
+            response = to_response(handler(request))
+        except Exception as error:
+            response = _failure_response(error, request)
+        reply(response)
+
+    @staticmethod
+    async def _tell_topology(plugin_object: Plugin, edges: Dict[str, Any]) -> None:
+        try:
+            await plugin_object.on_topology_change(edges)
+        except Exception:
+            log.exception("%s: on_topology_change failed", plugin_object.instance_name)
+
+    @staticmethod
+    def _read_ui_module(plugin_object: Plugin) -> Optional[str]:
+        if not plugin_object.ui_module:
+            return None
+        try:
+            return Path(plugin_object.ui_module).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            log.error("%s: the UI module cannot be read: %s", plugin_object.instance_name, error)
+            return None
+
+
+def _failure_response(error: Exception, request: Request) -> Response:
+    """Return the reply to what a handler raised; what is unexpected stays in the log."""
+    if isinstance(error, EdgeError):
+        return error_response(error)
+    log.error("%s %s: %s failed", request.request_id, request.method, request.path, exc_info=error)
+    return error_response(EdgeError(f"internal error; the log has it under {request.request_id}"))
+
+
+# ---------------------------------------------------------------------------
+# 12. Edge: dials out, registers, and serves its plugins over the link. The transport loop owns all
+#     links; plugins run elsewhere (section 11) and only ever call Channel.send() and notify().
+# ---------------------------------------------------------------------------
+
+edge_log = logging.getLogger("radical_edge.edge")
+
+
+def default_edge_name() -> str:
+    """Return this host's short name."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname().partition(".")[0])
+    return name if is_valid_name(name) and name not in RESERVED_NAMES else "edge-1"
+
+
+class LinkState(enum.Enum):
+    """The states of an edge's link (named as in RFC 6455, with registration in between)."""
+    CONNECTING, REGISTERING, OPEN, CLOSED = range(4)
+
+
+_LINK_TRANSITIONS = {
+    (LinkState.CLOSED, "dial"): LinkState.CONNECTING,
+    (LinkState.CONNECTING, "upgraded"): LinkState.REGISTERING,
+    (LinkState.CONNECTING, "failed"): LinkState.CLOSED,
+    (LinkState.REGISTERING, "registered"): LinkState.OPEN,
+    (LinkState.REGISTERING, "failed"): LinkState.CLOSED,
+    (LinkState.OPEN, "failed"): LinkState.CLOSED,
+    (LinkState.OPEN, "registered"): LinkState.OPEN,
+}
+
+
+class _BridgeLink:
+    """An edge's link to one bridge, kept up for ever. On the transport loop."""
+
+    def __init__(self, edge: "Edge", text: str) -> None:
+        self._edge, self._text, self.url = edge, text, parse_bridge_url(text)
+        self._loop = asyncio.get_running_loop()
+        self.state = LinkState.CLOSED             # only _advance() changes it
+        self._channel: Optional[Channel] = None
+        self._parser = FrameParser(masked=False)
+        self._closed: "asyncio.Future[str]" = self._loop.create_future()
+        self._unsent: Deque[bytes] = collections.deque()         # notifications, until it is OPEN
+        self._last_received = 0.0
+        self.dropped = 0                          # notifications that found _unsent full
+        self._handlers = {"request": self._on_request, "ping": self._on_ping,
+                          "error": self._on_error, "shutdown": self._on_shutdown,
+                          "topology": self._on_topology, "registered": self._on_registered}
+
+    async def run(self) -> None:
+        """Connect, register and serve, again and again, until the edge stops."""
+        pause = BACKOFF_S[0]
+        while not self._edge.stopping:
+            started = self._loop.time()
+            await self._connect_and_serve()
+            if self._loop.time() - started > BACKOFF_S[1]:
+                pause = BACKOFF_S[0]              # it was up for a while: this is a new trouble
+            await self._edge.wait_stopping(pause * random.uniform(0.5, 1.5))
+            pause = min(pause * 2, BACKOFF_S[1])
+
+    def send_notification(self, frame: bytes) -> None:
+        """Send an unmasked message, or keep it until the link is OPEN."""
+        if self.state is LinkState.OPEN and self._channel is not None:
+            self._send(Opcode.TEXT, frame)
+            return
+        self._unsent.append(frame)
+        if len(self._unsent) > MAX_UNSENT_EVENTS:
+            self._unsent.popleft()
+            self.dropped += 1
+            if self.dropped & (self.dropped - 1) == 0:           # 1, 2, 4, ...: not a line for each
+                edge_log.error("%s: %d notifications dropped while the link is down", self.url,
+                               self.dropped)
+
+    def send_topology(self) -> None:
+        """Tell the bridge that this edge's plugins have changed."""
+        if self.state is LinkState.OPEN:
+            plugins = self._edge.host.describe_for_bridge()
+            message = {"type": "topology", "edges": {self._edge.name: {"plugins": plugins}}}
+            self._send(Opcode.TEXT, encode_json(message).encode())
+
+    def close(self, reason: str) -> None:
+        """Leave the bridge, politely."""
+        if self._channel is not None and not self._channel.closed:
+            self._channel.send(encode_close(CloseCode.GOING_AWAY, reason, mask=os.urandom(4)))
+            self._channel.close(reason)
+
+    # -- a connection's life
+
+    async def _connect_and_serve(self) -> None:
+        self._advance("dial")
+        heartbeat = None
+        try:
+            sock, rest = await self._edge.workers.call(self._edge.dial, self._text)
+            self._advance("upgraded")
+            self._serve(sock, rest)
+            heartbeat = asyncio.ensure_future(self._beat())
+            edge_log.warning("%s: link lost: %s", self.url, await self._closed)
+        except (OSError, ProtocolError, Refused, EdgeError, ValueError) as error:
+            edge_log.warning("%s: cannot connect: %s", self.url, explain(error))
+        finally:
+            if heartbeat is not None:
+                heartbeat.cancel()
+            if self.state is not LinkState.CLOSED:
+                self._advance("failed")
+
+    def _serve(self, sock: socket.socket, rest: bytes) -> None:
+        self._parser = FrameParser(masked=False)
+        self._closed = self._loop.create_future()
+        closed = self._closed
+        self._channel = Channel(self._loop, sock, self._on_data,
+                                lambda reason: _set_result(closed, reason))
+        self._last_received = self._loop.time()
+        self._send(Opcode.TEXT, encode_json(self._edge.registration()).encode())
+        self._channel.start()
+        if rest:
+            self._on_data(rest)
+
+    async def _beat(self) -> None:
+        period = self._edge.heartbeat
+        while True:
+            await asyncio.sleep(period)
+            silent = self._loop.time() - self._last_received
+            if silent > LINK_DEAD * period:
+                self._channel.close(f"nothing was heard for {silent:.0f} s")
+                return
+            if self.state is LinkState.REGISTERING:
+                self._on_registered({})           # a bridge of the older kind never says so
+            self._send(Opcode.PING, b"")
+
+    def _advance(self, event: str) -> None:
+        self.state = _LINK_TRANSITIONS[self.state, event]
+        edge_log.debug("%s: %s after %s", self.url, self.state.name, event)
+
+    def _send(self, opcode: Opcode, payload: bytes) -> None:
+        self._channel.send(encode_frame(opcode, payload, mask=os.urandom(4)))
+
+    # -- what arrives
+
+    def _on_data(self, data: bytes) -> None:
+        self._last_received = self._loop.time()
+        self._parser.feed(data)
+        try:
+            while True:
+                message = self._parser.next_message()
+                if message is None:
+                    return
+                self._on_message(*message)
+        except ProtocolError as error:
+            edge_log.error("%s: the bridge broke the protocol: %s", self.url, error)
+            self._channel.send(encode_close(error.code, str(error), mask=os.urandom(4)))
+            self._channel.close(str(error))
+
+    def _on_message(self, opcode: Opcode, payload: Union[str, bytes]) -> None:
+        if opcode is Opcode.PING:
+            self._send(Opcode.PONG, payload)
+        elif opcode is Opcode.CLOSE:
+            code, reason = parse_close(payload)
+            self._send(Opcode.CLOSE, payload[:2])
+            self._channel.close(f"the bridge closed the link ({code} {reason})")
+        elif opcode is not Opcode.PONG:
+            message = parse_message(payload)
+            handler = self._handlers.get(message["type"])
+            if handler is not None:               # unknown types are for later versions
+                handler(message)
+
+    def _on_request(self, message: Dict[str, Any]) -> None:
+        incoming = parse_request(message)
+        edge_log.debug("%s: < %s %s", incoming.req_id, incoming.method, incoming.target[:80])
+        channel = self._channel
+        self._edge.host.dispatch(incoming, functools.partial(self._reply, channel, incoming))
+
+    @staticmethod
+    def _reply(channel: Channel, incoming: EdgeRequest, response: Response) -> None:
+        # any thread. To the channel it came from: a later link would not know the req_id
+        edge_log.debug("%s: > %d, %d bytes", incoming.req_id, response.status_code,
+                       len(response.body))
+        if len(response.body) > MAX_BODY:
+            response = error_response(ContentTooLarge(
+                f"the answer has {len(response.body)} bytes; {MAX_BODY} are allowed"))
+        text = encode_response(incoming.req_id, response.status_code, response.headers,
+                               response.body)
+        channel.send(encode_frame(Opcode.TEXT, text.encode(), mask=os.urandom(4)))
+
+    def _on_ping(self, _message: Dict[str, Any]) -> None:
+        self._send(Opcode.TEXT, b'{"type":"pong"}')
+
+    def _on_registered(self, _message: Dict[str, Any]) -> None:
+        edge_log.info("%s: registered as %s", self.url, self._edge.name)
+        self._advance("registered")
+        while self._unsent:
+            self._send(Opcode.TEXT, self._unsent.popleft())
+        self._edge.on_registered(self.url)
+
+    def _on_topology(self, message: Dict[str, Any]) -> None:
+        if self.state is LinkState.REGISTERING:
+            self._on_registered({})               # the first thing that an older bridge sends
+        edges = message.get("edges")
+        if isinstance(edges, dict):
+            self._edge.host.on_topology(edges)
+
+    def _on_error(self, message: Dict[str, Any]) -> None:
+        edge_log.error("%s: the bridge refuses this edge: %s", self.url,
+                       str(message.get("message"))[:200])
+        self._channel.close("refused by the bridge")
+
+    def _on_shutdown(self, message: Dict[str, Any]) -> None:
+        edge_log.info("%s: told to end: %s", self.url, str(message.get("reason"))[:200])
+        self._edge.request_stop()
+
+
+class Edge:
+    """An edge: plugins on this machine, served through one or more bridges.
+
+    urls: of the bridges; the default is what the environment or ~/.radical/edge names.
+    plugins: names or prefixes, None for all that work here. cert: see client_tls().
+    token: None to look it up again at each connect. state_dir: where sessions and jobs are kept.
+    on_end: called, on any thread, when the bridge tells the edge to end; then call stop().
+    """
+
+    def __init__(self, urls: Union[str, Iterable[str], None] = None, name: Optional[str] = None, *,
+                 plugins: Optional[Iterable[str]] = None, token: Optional[str] = None,
+                 cert: Optional[str] = None, state_dir: Optional[Path] = None,
+                 heartbeat: float = HEARTBEAT_S,
+                 on_end: Optional[Callable[[], None]] = None) -> None:
+        self.name = name or default_edge_name()
+        if not is_valid_name(self.name) or self.name in RESERVED_NAMES:
+            raise ValueError(f"--name {self.name!r}: take 1 to 64 letters, digits, '.', '_' or "
+                             f"'-', and none of {', '.join(sorted(RESERVED_NAMES))}")
+        texts = urls.split(",") if isinstance(urls, str) else list(urls or [])
+        self._urls = [text.strip() for text in texts] or default_bridge()[0].split(",")
+        self._token, self._cert = token, cert
+        first = [find_bridge(text, token, cert) for text in self._urls][0]   # mistakes show at once
+        self.heartbeat = heartbeat
+        self._wanted = list(plugins) if plugins is not None else None
+        self._state_dir = Path(state_dir or home_dir() / "state" / self.name)
+        self.workers = Workers("edge")            # for dialling
+        self._transport = LoopThread("edge-transport")
+        self._links: List[_BridgeLink] = []       # the transport loop's
+        self._stop: Optional[asyncio.Event] = None               # the transport loop's
+        self.ended = threading.Event()            # set when the edge was told to end, or stop() ran
+        self._on_end = on_end
+        self.online = threading.Event()           # set after the first registration
+        self.host = PluginHost(self.name, ROLE_EDGE, self._state_dir, bridge_url=str(first.url),
+                               notify=self._notify, changed=self._on_plugins_changed)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the edge is about to end."""
+        return self.ended.is_set()
+
+    def start(self) -> "Edge":
+        """Load the plugins, connect in the background, and return self."""
+        self._state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._instance = self._read_instance()
+        self.host.load(select_plugins(self._wanted))
+        self._transport.start()
+        self._transport.submit(self._start_links()).result()
+        return self
+
+    def stop(self) -> bool:
+        """Leave the bridges and stop the plugins; False when a plugin is stuck."""
+        self.request_stop()
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            self._transport.submit(self._close_links()).result(STOP_S)
+        clean = self.host.stop()
+        self.workers.stop()
+        return self._transport.stop() and clean
+
+    def request_stop(self) -> None:
+        """Ask the edge to end; whoever waits for `ended` then calls stop(). Any thread."""
+        self.ended.set()
+        self._transport.call(lambda: self._stop and self._stop.set())
+        if self._on_end is not None:
+            self._on_end()
+
+    # -- for links; on the transport loop
+
+    def registration(self) -> Dict[str, Any]:
+        """Return the "register" message."""
+        endpoint = {"type": "radical.edge", "hostname": socket.gethostname(),
+                    "version": __version__}
+        return {"type": "register", "edge_name": self.name, "endpoint": endpoint,
+                "plugins": self.host.describe_for_bridge(), "instance": self._instance,
+                "wire": [WIRE_VERSION]}
+
+    def dial(self, text: str) -> Tuple[socket.socket, bytes]:
+        """Return what open_websocket() does, with the token as it is now. Blocks."""
+        return open_websocket(*find_bridge(text, self._token, self._cert))
+
+    async def wait_stopping(self, seconds: float) -> None:
+        """Wait, but not longer than until the edge stops."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._stop.wait(), seconds)
+
+    def on_registered(self, _url: BridgeURL) -> None:
+        """Take notice that a bridge has accepted this edge."""
+        self.online.set()
+
+    # -- inside
+
+    async def _start_links(self) -> None:
+        self._stop = asyncio.Event()
+        self._links = [_BridgeLink(self, url) for url in self._urls]
+        self._tasks = [asyncio.ensure_future(link.run()) for link in self._links]
+
+    async def _close_links(self) -> None:
+        for link in self._links:
+            link.close("the edge ends")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
+
+    def _read_instance(self) -> str:
+        """Return this state directory's id: who comes back with it may take over its own link."""
+        path = self._state_dir / "instance"
+        instance = read_private(path)
+        if not instance:
+            instance = secrets.token_hex(16)
+            write_private(path, instance + "\n")
+        return instance
+
+    def _notify(self, plugin_name: str, topic: str, data: Any) -> None:
+        message = {"type": "notification", "edge": self.name, "plugin": plugin_name,
+                   "topic": topic, "data": data}
+        try:
+            frame = encode_json(message).encode()
+        except (TypeError, ValueError) as error:
+            edge_log.error("%s: notification %r is not JSON and was dropped: %s", plugin_name,
+                           topic, error)
+            return
+        if len(frame) > MAX_NOTIFICATION:
+            edge_log.error("%s: notification %r has %d bytes and was dropped; %d are allowed",
+                           plugin_name, topic, len(frame), MAX_NOTIFICATION)
+            return
+        self._transport.call(self._send_notification, frame)
+
+    def _send_notification(self, frame: bytes) -> None:
+        for link in self._links:
+            link.send_notification(frame)
+
+    def _on_plugins_changed(self) -> None:
+        self._transport.call(self._send_topology)
+
+    def _send_topology(self) -> None:
+        for link in self._links:
+            link.send_topology()
+
+
+# ---------------------------------------------------------------------------
+# 13. Bridge: clients on one side, edges on the other. Threads open connections; from then on the
+#     loop owns every socket, every link, the topology and the events.
+# ---------------------------------------------------------------------------
+
+bridge_log = logging.getLogger("radical_edge.bridge")
+
+# fields of an edge's answer that reach the client, beside those that begin with x-
+_EDGE_FIELDS = frozenset(("content-type", "content-disposition", "content-encoding",
+                          "content-language", "content-range", "accept-ranges", "etag",
+                          "last-modified", "cache-control", "retry-after", "allow"))
+_OUR_FIELDS = frozenset(("x-request-id", "x-content-type-options", "x-frame-options"))
+# fields of a client's request that an edge does not get: credentials, and what only we may say
+_KEPT_BACK = HOP_BY_HOP | {"authorization", "cookie", "host", "content-length", "origin", "referer"}
+# what an edge answers is not ours: no script in it may run with this origin's cookie
+_FOREIGN_POLICY = ("Content-Security-Policy", "sandbox; default-src 'none'")
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Radical Edge</title>
+<h1>Radical Edge</h1>
+<p>This bridge is up. Its API is described in <a href="openapi.json">openapi.json</a>; the command
+<code>python radical_edge.py --list</code> shows which edges are connected.</p>
+</html>
+"""
+_PAGE_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+
+def _response_fields(response: Response) -> List[Tuple[str, str]]:
+    """Return the fields that every reply has, and those of this one."""
+    return [("Date", _http_date(int(time.time()))), ("Cache-Control", "no-store"),
+            ("X-Content-Type-Options", "nosniff"),
+            *((name.title(), value) for name, value in response.headers.items()
+              if name != "cache-control")]
+
+
+@functools.lru_cache(maxsize=2)
+def _http_date(seconds: int) -> str:
+    """Return an IMF-fixdate (RFC 9110, section 5.6.7), whatever the locale."""
+    now = time.gmtime(seconds)
+    day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[now.tm_wday]
+    month = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov",
+             "Dec")[now.tm_mon - 1]
+    return (f"{day}, {now.tm_mday:02} {month} {now.tm_year} "
+            f"{now.tm_hour:02}:{now.tm_min:02}:{now.tm_sec:02} GMT")
+
+
+class Exchange:
+    """One request of a client and its answer. On the loop.
+
+    respond() is called once; `cancelled` is True when the client went away before.
+    """
+
+    __slots__ = ("connection", "head", "segments", "identity", "route", "params", "request_id",
+                 "body", "error", "started", "deadline", "cancelled", "wire_id", "link")
+
+    def __init__(self, connection: "HttpConnection", head: RequestHead, request_id: str,
+                 started: float) -> None:
+        self.connection, self.head = connection, head
+        self.request_id, self.started = request_id, started
+        self.segments: List[str] = []
+        self.identity: Optional[Identity] = None
+        self.route: Optional[Route] = None        # one of the bridge's own; None: for an edge
+        self.params: Dict[str, str] = {}
+        self.body = b""
+        self.error: Optional[EdgeError] = None    # known before the body was read
+        self.deadline = started + REQUEST_S
+        self.cancelled = False
+        self.link: Optional[EdgeLink] = None      # that works on it, under the req_id `wire_id`
+        self.wire_id = ""
+
+    def respond(self, response: Response) -> None:
+        """Answer the client."""
+        if not self.cancelled:
+            self.connection.respond(self, response)
+
+    def fail(self, error: EdgeError) -> None:
+        """Answer the client with an error."""
+        self.respond(error_response(error))
+
+
+class HttpConnection:
+    """A client's connection: requests in, answers out, one at a time and in order. On the loop.
+
+    A thread opens it and reads the first head (see _Opener); then adopt() gives it to the loop.
+    """
+
+    def __init__(self, gateway: "Bridge", parser: RequestParser, address: str) -> None:
+        self._gateway, self._parser, self.address = gateway, parser, address
+        self._loop = gateway.loop
+        self.channel: Optional[Channel] = None
+        self._exchange: Optional[Exchange] = None                # being read or answered
+        self._body = bytearray()
+        self._answering = self._advancing = False
+        self._taken: Optional[Callable[[bytes], None]] = None    # by a link or a subscriber
+        self.on_lost: Callable[[str], None] = self._on_lost
+        self.deadline = self._loop.time() + HANDSHAKE_S
+
+    def adopt(self, sock: socket.socket) -> None:
+        """Serve the socket, whose first bytes the parser has."""
+        self.channel = Channel(self._loop, sock, self._on_data, lambda reason: self.on_lost(reason))
+        self._advance()
+        if not self.channel.closed:
+            self.channel.start()
+
+    def take_over(self, on_data: Callable[[bytes], None], on_lost: Callable[[str], None]) -> bytes:
+        """Give the connection to a link or a subscriber; return what was read ahead."""
+        self._taken, self.on_lost = on_data, on_lost
+        self.deadline = float("inf")
+        return self._parser.take_rest()
+
+    def respond(self, exchange: Exchange, response: Response) -> None:
+        """Write an answer; then go on with the next request, or close."""
+        head, body = exchange.head, response.body
+        keep = head.keep_alive and not self._gateway.stopping
+        fields = _response_fields(response)
+        fields += [("X-Request-ID", exchange.request_id), ("Content-Length", str(len(body)))]
+        if not keep:
+            fields.append(("Connection", "close"))
+        elif head.is_http10:
+            fields.append(("Connection", "keep-alive"))
+        encoded = encode_response_head(response.status_code, fields)
+        self.channel.send(encoded if head.method == "HEAD" else encoded + body)
+        self._gateway.on_answered(exchange, response.status_code)
+        self._exchange, self._answering = None, False
+        self.deadline = self._loop.time() + KEEP_ALIVE_S
+        if not keep:
+            self.channel.close_when_sent()
+        elif not self._advancing:
+            self.channel.resume_reading()
+            self._advance()
+
+    def on_deadline(self) -> None:
+        """Close a connection that was idle, or slow to finish its request."""
+        if self._exchange is None and not self._parser.buffered:
+            self.channel.close("idle")
+            return
+        self._fail(RequestTimeout("the request was not complete in time: send it again, faster"))
+
+    # -- inside
+
+    def _on_data(self, data: bytes) -> None:
+        if self._taken is not None:
+            self._taken(data)
+            return
+        self._parser.feed(data)
+        if self._answering:
+            if self._parser.buffered > MAX_PIPELINED:
+                self.channel.pause_reading()      # it goes on with the answer
+            return
+        if self._exchange is None:
+            self.deadline = min(self.deadline, self._loop.time() + HANDSHAKE_S)
+        else:
+            self.deadline = self._loop.time() + BODY_IDLE_S
+        self._advance()
+
+    def _advance(self) -> None:
+        """Read requests until one waits for its answer or bytes are missing."""
+        self._advancing = True
+        try:
+            while not self._answering and self._taken is None and not self.channel.closed:
+                event = self._parser.next_event()
+                if event is None:
+                    break
+                self._on_event(event)
+        except EdgeError as error:                # the framing is broken: out of step for good
+            self._fail(error)
+        finally:
+            self._advancing = False
+
+    def _on_event(self, event: Union[RequestHead, bytes, object]) -> None:
+        if isinstance(event, RequestHead):
+            self._on_head(event)
+        elif event is END:
+            self._answering = True
+            self.deadline = float("inf")          # from now on it is the request's own that counts
+            exchange = self._exchange
+            exchange.body, self._body = bytes(self._body), bytearray()
+            self._gateway.handle(exchange)
+        else:
+            self._on_body(event)
+
+    def _on_head(self, head: RequestHead) -> None:
+        self._exchange = exchange = self._gateway.open_exchange(self, head)
+        if head.length != 0:
+            self.deadline = self._loop.time() + BODY_IDLE_S
+        if exchange.error is None and head.length is not None and head.length > MAX_BODY:
+            exchange.error = self._too_large()
+        refused_early = head.expects_continue or head.length is None or \
+            head.length > MAX_PIPELINED
+        if exchange.error is not None and refused_early:
+            head.keep_alive = False               # the body is not worth reading to stay in step
+            self._answering = True
+            exchange.fail(exchange.error)
+        elif head.expects_continue:
+            self.channel.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _on_body(self, piece: bytes) -> None:
+        self._body += piece
+        if len(self._body) > MAX_BODY:
+            raise self._too_large()
+
+    @staticmethod
+    def _too_large() -> ContentTooLarge:
+        return ContentTooLarge(f"the body has more than {MAX_BODY} bytes")
+
+    def _fail(self, error: EdgeError) -> None:
+        """Answer an error and close, since the requests can no longer be told apart."""
+        exchange = self._exchange
+        if exchange is None:
+            exchange = self._gateway.open_broken_exchange(self)
+        exchange.head.keep_alive = False
+        self._answering = True
+        exchange.fail(error)
+
+    def _on_lost(self, reason: str) -> None:
+        if self._exchange is not None:
+            self._exchange.cancelled = True
+            self._gateway.on_client_gone(self._exchange)
+        self._gateway.connections.discard(self)
+
+
+class Subscriber:
+    """A client that follows the events. On the loop.
+
+    filters: the wanted edge, plugin and topic; "" for any.
+    """
+
+    def __init__(self, connection: HttpConnection, filters: Tuple[str, str, str], *,
+                 chunked: bool) -> None:
+        self.connection, self._filters, self._chunked = connection, filters, chunked
+        self._wants_all = not any(filters)
+
+    def send_event(self, event: LoggedEvent) -> bool:
+        """Send an event if it is wanted; False when the subscriber does not read."""
+        if self._wants_all or self._wants(event):
+            return self.send_chunk(event.chunk)
+        return True
+
+    def send_chunk(self, chunk: bytes) -> bool:
+        """Send an encoded chunk; False when too much waits for this subscriber already."""
+        channel = self.connection.channel
+        if channel.unsent + len(chunk) > MAX_SUBSCRIBER_BUFFER:
+            return False
+        channel.send(chunk if self._chunked else self._without_chunk(chunk))
+        return True
+
+    def _wants(self, event: LoggedEvent) -> bool:
+        return all(not wanted or wanted == found
+                   for wanted, found in zip(self._filters, (event.edge, event.plugin, event.topic)))
+
+    @staticmethod
+    def _without_chunk(chunk: bytes) -> bytes:
+        return chunk[chunk.index(b"\r\n") + 2:-2]  # HTTP/1.0 has no chunks
+
+
+class EventHub:
+    """All subscribers and the events that they get. On the loop."""
+
+    _COMMENT = encode_chunk(b": still here\n\n")
+
+    def __init__(self, counters: Counters) -> None:
+        self.log = EventLog()
+        self.subscribers: Set[Subscriber] = set()
+        self._counters = counters
+
+    def publish(self, edge: str, plugin_name: str, topic: str, data: Any) -> None:
+        """Number a notification, keep it and send it to all who want it."""
+        event = self.log.append(edge, plugin_name, topic, data)
+        self._counters.add("notifications_total")
+        self._send_all(lambda subscriber: subscriber.send_event(event))
+
+    def publish_topology(self, topology: Dict[str, Any]) -> None:
+        """Send the topology to all."""
+        chunk = self._encode_topology(topology)
+        self._send_all(lambda subscriber: subscriber.send_chunk(chunk))
+
+    def beat(self) -> None:
+        """Send everybody a comment, so that proxies see traffic and the dead are noticed."""
+        self._send_all(lambda subscriber: subscriber.send_chunk(self._COMMENT))
+
+    def subscribe(self, exchange: Exchange, topology: Dict[str, Any]) -> None:
+        """Turn a request into a subscription: topology first, then what was missed, then events."""
+        query, connection = parse_query(exchange.head.query), exchange.connection
+        chunked = not exchange.head.is_http10
+        filters = tuple(query.get(name, "") for name in ("edge", "plugin", "topic"))
+        subscriber = Subscriber(connection, filters, chunked=chunked)
+        last_id = self._parse_last_id(exchange.head.fields.get("last-event-id")
+                                      or query.get("last_event_id"))
+        connection.take_over(lambda _data: None, lambda _reason: self._on_lost(subscriber))
+        connection.channel.send(self._encode_head(exchange, chunked))
+        self.subscribers.add(subscriber)
+        subscriber.send_chunk(self._encode_topology(topology))
+        if last_id is not None:
+            self._replay(subscriber, last_id)
+
+    def close(self) -> None:
+        """End all subscriptions in order: with the last chunk."""
+        for subscriber in list(self.subscribers):
+            subscriber.send_chunk(encode_chunk(b""))
+            subscriber.connection.channel.close_when_sent()
+
+    @staticmethod
+    def _parse_last_id(text: Optional[str]) -> Optional[int]:
+        if not text:
+            return None
+        if not re.fullmatch(r"[0-9]{1,18}", text):
+            raise Unprocessable(f"Last-Event-ID: {text[:40]!r} is not the number of an event")
+        return int(text)
+
+    @staticmethod
+    def _encode_head(exchange: Exchange, chunked: bool) -> bytes:
+        fields = _response_fields(Response(media_type="text/event-stream"))
+        fields += [("X-Request-ID", exchange.request_id), ("X-Accel-Buffering", "no")]
+        fields.append(("Transfer-Encoding", "chunked") if chunked else ("Connection", "close"))
+        return encode_response_head(200, fields)
+
+    @staticmethod
+    def _encode_topology(topology: Dict[str, Any]) -> bytes:
+        return encode_chunk(encode_event(encode_json({"topic": "topology", "data": topology})))
+
+    def _replay(self, subscriber: Subscriber, last_id: int) -> None:
+        gap, events_missed = self.log.since(last_id)
+        if gap:
+            value = encode_json({"topic": "gap", "data": gap})
+            subscriber.send_chunk(encode_chunk(encode_event(value, gap["to"])))
+        for event in events_missed:
+            if not subscriber.send_event(event):
+                self._cut(subscriber)             # it comes back for the rest
+                return
+
+    def _send_all(self, send: Callable[[Subscriber], bool]) -> None:
+        stuck = [subscriber for subscriber in self.subscribers if not send(subscriber)]
+        for subscriber in stuck:
+            self._cut(subscriber)
+
+    def _cut(self, subscriber: Subscriber) -> None:
+        self._counters.add("subscribers_cut_total")
+        bridge_log.warning("subscriber %s does not read and is cut off",
+                           subscriber.connection.address)
+        subscriber.connection.channel.close("does not read")
+
+    def _on_lost(self, subscriber: Subscriber) -> None:
+        self.subscribers.discard(subscriber)
+
+
+class EdgeLink:
+    """The bridge's end of an edge's link: registration, requests, heartbeat. On the loop."""
+
+    def __init__(self, registry: "EdgeRegistry", connection: HttpConnection,
+                 identity: Identity) -> None:
+        self._registry, self._connection, self.identity = registry, connection, identity
+        self.channel = connection.channel
+        self.name = ""                            # until it has registered
+        self.instance = ""
+        self.endpoint: Dict[str, Any] = {}
+        self.plugins: Dict[str, Dict[str, Any]] = {}
+        self.ui_modules: Dict[str, str] = {}
+        self.routes: Dict[str, List[Tuple[str, str]]] = {}
+        self._parser = FrameParser(masked=True)
+        self._pending: Dict[str, Exchange] = {}   # by the req_id on the wire
+        self._counter = 0
+        self.opened = self._last_received = connection._loop.time()
+        self._handlers = {"register": self._on_register, "response": self._on_response,
+                          "notification": self._on_notification, "topology": self._on_topology}
+
+    @property
+    def pending(self) -> int:
+        """Requests that wait for this edge."""
+        return len(self._pending)
+
+    def on_data(self, data: bytes) -> None:
+        """Take bytes from the edge."""
+        self._last_received = self._connection._loop.time()
+        self._parser.feed(data)
+        try:
+            while not self.channel.closed:
+                message = self._parser.next_message()
+                if message is None:
+                    return
+                self._on_message(*message)
+        except ProtocolError as error:
+            bridge_log.error("%s: the edge broke the protocol: %s", self.name or "?", error)
+            self.close(error.code, str(error))
+
+    def send(self, message: Dict[str, Any]) -> None:
+        """Send a message."""
+        self.channel.send(encode_frame(Opcode.TEXT, encode_json(message).encode()))
+
+    def forward(self, exchange: Exchange, target: str, headers: Dict[str, str]) -> None:
+        """Send a request to the edge; its answer, or the lack of one, ends the exchange."""
+        if len(self._pending) >= MAX_PENDING or self.channel.unsent > MAX_LINK_BUFFER:
+            raise Unavailable(f"edge {self.name!r} has too much to do: try again later",
+                              headers=_retry_after(1))
+        self._counter += 1
+        exchange.link, exchange.wire_id = self, f"{self._counter:x}"
+        wire_id = exchange.wire_id
+        opcode, payload = encode_request(wire_id, exchange.head.method, target, headers,
+                                         exchange.body)
+        exchange.body = b""
+        self._pending[wire_id] = exchange
+        bridge_log.debug("%s: > %s %s", exchange.request_id, exchange.head.method, target[:80])
+        self.channel.send(encode_frame(opcode, payload))
+
+    def forget(self, exchange: Exchange) -> None:
+        """Stop waiting for the edge's answer to this one."""
+        self._pending.pop(exchange.wire_id, None)
+
+    def sweep(self, now: float, heartbeat: float) -> None:
+        """Fail what is past its deadline; end the link when the edge is silent."""
+        for exchange in [item for item in self._pending.values() if item.deadline < now]:
+            self.forget(exchange)
+            exchange.fail(DeadlineExceeded(
+                f"edge {self.name!r} did not answer within {now - exchange.started:.0f} s; the "
+                "request may still be running there"))
+        if now - self._last_received > LINK_DEAD * heartbeat:
+            self.close(CloseCode.GOING_AWAY, f"nothing was heard for {LINK_DEAD * heartbeat:.0f} s")
+
+    def beat(self) -> None:
+        """Ping, in the way that edges of every version answer."""
+        self.send({"type": "ping"})
+
+    def close(self, code: int, reason: str) -> None:
+        """Leave with a close frame."""
+        self.channel.send(encode_close(code, reason))
+        self.channel.close(reason)
+
+    def on_lost(self, reason: str) -> None:
+        """Fail all requests that wait; the edge is gone."""
+        waiting, self._pending = self._pending, {}
+        for exchange in waiting.values():
+            exchange.fail(EdgeOffline(
+                f"the link to edge {self.name!r} went down while it worked on this; it may have "
+                "been done: look before you try again", headers=_retry_after(1)))
+        self._registry.on_lost(self, reason)
+
+    # -- what arrives
+
+    def _on_message(self, opcode: Opcode, payload: Union[str, bytes]) -> None:
+        if opcode is Opcode.PING:
+            self.channel.send(encode_frame(Opcode.PONG, payload))
+        elif opcode is Opcode.CLOSE:
+            code, reason = parse_close(payload)
+            self.close(CloseCode.NORMAL, f"the edge closed the link ({code} {reason})")
+        elif opcode is not Opcode.PONG:
+            message = parse_message(payload)
+            if not self.name and message["type"] != "register":
+                raise ProtocolError("the first message must be 'register'", CloseCode.POLICY)
+            handler = self._handlers.get(message["type"])
+            if handler is not None:               # unknown types are for later versions
+                handler(message)
+
+    def _on_register(self, message: Dict[str, Any]) -> None:
+        endpoint = message.get("endpoint")
+        self.endpoint = endpoint if isinstance(endpoint, dict) else {}
+        instance = message.get("instance")
+        self.instance = instance if isinstance(instance, str) else ""
+        error = self._registry.check(self, message.get("edge_name"))
+        if error:
+            bridge_log.warning("edge %.80r of token %s is refused: %s", message.get("edge_name"),
+                               self.identity.name, error)
+            self.send({"type": "error", "message": error})
+            self.close(CloseCode.POLICY, error)
+            return
+        self._take_plugins(message.get("plugins"), message["edge_name"])
+        self._registry.add(self, message["edge_name"])
+        if "wire" in message:                     # an older edge does not know this message
+            self.send({"type": "registered", "edge_name": self.name, "wire": WIRE_VERSION})
+
+    def _on_topology(self, message: Dict[str, Any]) -> None:
+        edges = message.get("edges")
+        mine = edges.get(self.name) if isinstance(edges, dict) else None
+        if isinstance(mine, dict):
+            self._take_plugins(mine.get("plugins"), self.name)
+            self._registry.on_changed()
+
+    def _on_notification(self, message: Dict[str, Any]) -> None:
+        plugin_name, topic = message.get("plugin"), message.get("topic")
+        if isinstance(plugin_name, str) and isinstance(topic, str):
+            # the name is the link's own: an edge does not speak for another
+            self._registry.hub.publish(self.name, plugin_name, topic, message.get("data"))
+
+    def _on_response(self, message: Dict[str, Any]) -> None:
+        exchange = self._pending.pop(str(message.get("req_id")), None)
+        if exchange is None or exchange.cancelled:
+            self._registry.counters.add("late_responses_total")
+            bridge_log.debug("%s: answer to a request that was given up", self.name)
+            return
+        try:
+            status, headers, body = parse_response(message)
+        except ProtocolError as error:            # the frame was in order: only this one fails
+            exchange.fail(BadGateway(f"edge {self.name!r} gave an answer that makes no sense: "
+                                     f"{error}"))
+            return
+        response = Response(body, status)
+        response.headers.update({name: value for name, value in headers.items()
+                                 if name in _EDGE_FIELDS
+                                 or name.startswith("x-") and name not in _OUR_FIELDS})
+        response.headers.update([_FOREIGN_POLICY])
+        exchange.respond(response)
+
+    def _take_plugins(self, plugins: Any, edge_name: str) -> None:
+        """Take the plugins' descriptions, apart from what clients do not get to see."""
+        taken, modules, routes = {}, {}, {}
+        for name, described in (plugins if isinstance(plugins, dict) else {}).items():
+            if not is_valid_name(name) or not isinstance(described, dict):
+                bridge_log.warning("%s: plugin %.80r is not described well", edge_name, name)
+                continue
+            described = dict(described)
+            module = described.pop("ui_module", None)
+            if isinstance(module, str):
+                modules[name] = module
+            routes[name] = _parse_routes(described.pop("routes", None))
+            described.setdefault("type", name)
+            described["namespace"] = f"/{edge_name}/{name}"
+            taken[name] = described
+        self.plugins, self.ui_modules, self.routes = taken, modules, routes
+
+
+def _parse_routes(value: Any) -> List[Tuple[str, str]]:
+    pairs = value if isinstance(value, list) else []
+    return [(str(pair[0]), str(pair[1])) for pair in pairs[:MAX_FIELDS]
+            if isinstance(pair, list) and len(pair) == 2]
+
+
+class EdgeRegistry:
+    """The edges that are connected, and who is told when that changes. On the loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, hub: EventHub, counters: Counters) -> None:
+        self._loop, self.hub, self.counters = loop, hub, counters
+        self.links: Dict[str, EdgeLink] = {}      # by name
+        self.unregistered: Set[EdgeLink] = set()  # connected, but not yet registered
+        self.host: Optional[PluginHost] = None    # of the bridge's own plugins
+        self.url = ""
+        self._told = False                        # that a change will be told soon
+
+    def open(self, connection: HttpConnection, identity: Identity) -> EdgeLink:
+        """Return the link of a connection that was upgraded."""
+        link = EdgeLink(self, connection, identity)
+        self.unregistered.add(link)
+        return link
+
+    def check(self, link: EdgeLink, name: Any) -> Optional[str]:
+        """Return why the link may not register under `name`, or None."""
+        if link.name:
+            return "this link has registered already"
+        if not is_valid_name(name) or name in RESERVED_NAMES:
+            return f"{str(name)[:80]!r} is not a name for an edge"
+        if not fnmatch.fnmatchcase(name, link.identity.edges):
+            return f"the token may register {link.identity.edges!r} only, not {name!r}"
+        known = self.links.get(name)
+        same = known is not None and link.instance and link.instance == known.instance \
+            and link.identity.name == known.identity.name
+        if known is not None and not same:
+            return f"Edge '{name}' already used"
+        return None
+
+    def add(self, link: EdgeLink, name: str) -> None:
+        """Serve a link that passed check(); its own stale predecessor is replaced at once."""
+        old = self.links.get(name)
+        link.name = name
+        self.links[name] = link
+        self.unregistered.discard(link)
+        self.counters.add("links_total")
+        bridge_log.info("edge %s is here, with %s", name, ", ".join(link.plugins) or "no plugins")
+        if old is not None:
+            old.send({"type": "shutdown", "reason": "another process took over this edge's name"})
+            old.close(CloseCode.REPLACED, "replaced by a newer link of the same edge")
+        self.on_changed()
+
+    def on_lost(self, link: EdgeLink, reason: str) -> None:
+        """Forget a link that ended."""
+        self.unregistered.discard(link)
+        if link.name and self.links.get(link.name) is link:
+            del self.links[link.name]
+            self.counters.add("links_lost_total")
+            bridge_log.info("edge %s is gone: %s", link.name, reason)
+            self.on_changed()
+
+    def find(self, name: str) -> EdgeLink:
+        """Return an edge's link. Raises NotFound."""
+        link = self.links.get(name)
+        if link is None:
+            raise NotFound(f"no edge named {name[:80]!r} is connected: see --list or GET /edges")
+        return link
+
+    def describe_plugins(self) -> Dict[str, Dict[str, Any]]:
+        """Return {edge name: {plugin name: description}}, the bridge's own plugins included."""
+        described = {name: link.plugins for name, link in self.links.items()}
+        if self.host is not None and self.host.describe():
+            own = self.host.describe()
+            described[BRIDGE_NAME] = {name: {**item, "namespace": f"/{BRIDGE_NAME}/{name}"}
+                                      for name, item in own.items()}
+        return described
+
+    def topology(self) -> Dict[str, Any]:
+        """Return what POST /edge/list answers, and what subscribers are told."""
+        edges = {name: {"endpoint": self.links[name].endpoint if name in self.links else {},
+                        "plugins": plugins}
+                 for name, plugins in self.describe_plugins().items()}
+        return {"bridge": {"url": self.url}, "edges": edges}
+
+    def on_changed(self) -> None:
+        """Tell everybody of the new topology, once for all changes within TOPOLOGY_S."""
+        if not self._told:
+            self._told = True
+            self._loop.call_later(TOPOLOGY_S, self._tell)
+
+    def _tell(self) -> None:
+        self._told = False
+        self.hub.publish_topology(self.topology())
+        names = {name: {"plugins": list(plugins)}
+                 for name, plugins in self.describe_plugins().items()}
+        message = encode_json({"type": "topology", "edges": names})
+        frame = encode_frame(Opcode.TEXT, message.encode())
+        for link in self.links.values():
+            link.channel.send(frame)
+        if self.host is not None:
+            self.host.on_topology(names)
+
+
+class _Opener(http.server.BaseHTTPRequestHandler):
+    """Opens a client's connection, in a thread: the TLS handshake and the first request's head.
+
+    These are what a slow or hostile client can draw out; the loop never waits for them. It is given
+    the socket and the parser, with what was read so far.
+    """
+
+    server: "_Listener"
+
+    def setup(self) -> None:
+        self.request.settimeout(HANDSHAKE_S)
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def handle(self) -> None:
+        gateway = self.server.gateway
+        try:
+            sock = self._handshake()
+        except OSError as error:
+            bridge_log.debug("%s: handshake failed: %s", self.client_address[0], error)
+            return
+        connection = HttpConnection(gateway, RequestParser(), self.client_address[0])
+        try:
+            self._read_first_head(sock, connection._parser)
+        except OSError as error:
+            bridge_log.debug("%s: gone before its first request: %s", connection.address, error)
+            sock.close()
+            return
+        gateway.adopt(connection, sock)
+
+    def finish(self) -> None:
+        """Leave the socket alone: it is the loop's now."""
+
+    def _handshake(self) -> socket.socket:
+        if self.server.tls is None:
+            # detached, for the server shuts its socket down when this thread is done
+            return socket.socket(fileno=self.request.detach())
+        return self.server.tls.wrap_socket(self.request, server_side=True)
+
+    @staticmethod
+    def _read_first_head(sock: socket.socket, parser: RequestParser) -> None:
+        sock.settimeout(FIRST_HEAD_S)
+        try:
+            data = sock.recv(READ_SIZE)
+        except socket.timeout:
+            return                                # connected ahead of time: the loop can wait
+        if not data:
+            raise ConnectionError("closed without a request")
+        parser.feed(data)
+
+
+class _Listener(http.server.ThreadingHTTPServer):
+    """Accepts connections, and starts a thread to open each, MAX_OPENING at a time."""
+
+    request_queue_size = 1024
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, address: Tuple[str, int], gateway: "Bridge",
+                 tls: Optional[ssl.SSLContext]) -> None:
+        self.gateway, self.tls = gateway, tls
+        self._opening = threading.BoundedSemaphore(MAX_OPENING)
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
+        super().__init__(address, _Opener)
+
+    def server_bind(self) -> None:
+        # not HTTPServer's, which asks DNS for the host's name and may hang
+        socketserver.TCPServer.server_bind(self)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self.gateway.is_full() or not self._opening.acquire(blocking=False):
+            self.gateway.counters.add("refused_connections_total")
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._opening.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        bridge_log.exception("%s: connection failed", client_address[0])
+
+
+class Bridge:
+    """A bridge: the HTTP server that clients use and edges register with.
+
+    tokens: None to let everybody in. cert, key: PEM files, for TLS. plugins: names of plugins that
+    the bridge itself hosts. allow_hosts: names besides its own under which browsers may reach it.
+    on_end: called, on the loop, when a client asks the bridge to end; then call stop().
+    """
+
+    def __init__(self, host: str = "127.0.0.1", port: int = DEFAULT_PORT, *,
+                 tokens: Optional[TokenStore] = None, cert: Optional[str] = None,
+                 key: Optional[str] = None, plugins: Iterable[str] = (),
+                 allow_hosts: Iterable[str] = (), request_timeout: float = REQUEST_S,
+                 heartbeat: float = HEARTBEAT_S, state_dir: Optional[Path] = None,
+                 on_end: Optional[Callable[[], None]] = None) -> None:
+        self._on_end = on_end
+        self._tokens, self._wanted = tokens, list(plugins)
+        self._request_timeout, self._heartbeat = request_timeout, heartbeat
+        self.counters = Counters()
+        self._thread = LoopThread("bridge-loop")
+        self.loop = self._thread.loop
+        self._listener = _Listener((host, port), self, server_tls(cert, key) if cert else None)
+        port = self._listener.server_address[1]
+        shown = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
+        self.url = str(BridgeURL(bool(cert), shown, port, ""))
+        own = {socket.gethostname(), socket.gethostname().partition(".")[0], host, *allow_hosts}
+        self._authenticator = Authenticator(tokens, own)
+        self.connections: Set[HttpConnection] = set()            # the loop's
+        self.stopping = False                     # set by stop(), read everywhere
+        self._hub = EventHub(self.counters)
+        self._registry = EdgeRegistry(self.loop, self._hub, self.counters)
+        self._registry.url = self.url
+        self._host = PluginHost(BRIDGE_NAME, ROLE_BRIDGE,
+                                Path(state_dir or home_dir() / "state" / BRIDGE_NAME),
+                                bridge_url=self.url, notify=self._on_own_notification,
+                                changed=lambda: self._thread.call(self._registry.on_changed))
+        self._routes = Router()
+        self._own_ids = f"{secrets.token_hex(4)}-"
+        self._request_count = 0                   # the loop's
+        self._add_routes()
+
+    # -- life
+
+    def start(self) -> "Bridge":
+        """Serve in the background; return self."""
+        self._thread.start()
+        self._registry.host = self._host
+        self._host.load(select_plugins(self._wanted) if self._wanted else [])
+        self._thread.submit(self._start_tasks()).result()
+        threading.Thread(target=self._listener.serve_forever, kwargs={"poll_interval": 0.2},
+                         name="bridge-listener", daemon=True).start()
+        return self
+
+    def stop(self) -> bool:
+        """End subscriptions and links, close all sockets; False when a plugin is stuck."""
+        self.stopping = True
+        self._listener.shutdown()
+        self._listener.server_close()
+        clean = self._host.stop()
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            self._thread.submit(self._close_all()).result(STOP_S)
+        return self._thread.stop() and clean
+
+    def is_full(self) -> bool:
+        """Whether no further connection is taken. Any thread; an estimate."""
+        return len(self.connections) >= MAX_CONNECTIONS
+
+    def adopt(self, connection: HttpConnection, sock: socket.socket) -> None:
+        """Give an opened connection to the loop. Any thread."""
+        try:
+            self.loop.call_soon_threadsafe(self._adopt, connection, sock)
+        except RuntimeError:                      # the loop is closed: the bridge has ended
+            sock.close()
+
+    # -- exchanges; called by connections
+
+    def open_exchange(self, connection: HttpConnection, head: RequestHead) -> Exchange:
+        """Return the exchange of a request whose body is still to come, checked and routed."""
+        exchange = Exchange(connection, head, self._request_id(head), self.loop.time())
+        try:
+            exchange.segments = parse_path(head.path)
+            exchange.identity = self._authenticator.identify(head, connection.address)
+            self._find_route(exchange)
+        except EdgeError as error:
+            exchange.error = error
+        return exchange
+
+    def open_broken_exchange(self, connection: HttpConnection) -> Exchange:
+        """Return an exchange for a request whose head could not be read."""
+        head = RequestHead("GET", "/", 1, {})
+        return Exchange(connection, head, self._request_id(head), self.loop.time())
+
+    def handle(self, exchange: Exchange) -> None:
+        """Answer an exchange whose body is here, now or later."""
+        try:
+            if exchange.error is not None:
+                raise exchange.error
+            if exchange.route is None:
+                self._proxy(exchange)
+                return
+            response = exchange.route.handler(exchange)
+            if response is not None:
+                exchange.respond(to_response(response))
+        except EdgeError as error:
+            exchange.fail(error)
+        except Exception as error:
+            bridge_log.error("%s: failed", exchange.request_id, exc_info=error)
+            exchange.fail(EdgeError(f"internal error; the log has it under {exchange.request_id}"))
+
+    def on_answered(self, exchange: Exchange, status: int) -> None:
+        """Count and log an answer."""
+        seconds = self.loop.time() - exchange.started
+        self.counters.add("requests_total", 1, f'status="{status}"')
+        self.counters.add("request_seconds_sum", seconds)
+        bridge_log.info("%s: %s %s %s %d in %.1f ms", exchange.request_id,
+                        exchange.identity.name if exchange.identity else "-", exchange.head.method,
+                        exchange.head.path[:120], status, seconds * 1000)
+
+    def on_client_gone(self, exchange: Exchange) -> None:
+        """Forget a request whose client has gone."""
+        if exchange.link is not None:
+            exchange.link.forget(exchange)
+
+    # -- routes
+
+    def _add_routes(self) -> None:
+        for method, pattern, right, handler in (
+                ("GET", "", None, self._get_page), ("GET", "health", None, self._get_health),
+                ("POST", "auth", None, self._sign_in), ("POST", "logout", None, self._sign_out),
+                ("POST", "edge/list", "look", self._list_topology),
+                ("GET", "edges", "look", self._list_edges),
+                ("GET", "events", "look", self._subscribe),
+                ("GET", "plugins/{name}.js", "look", self._get_ui_module),
+                ("GET", "metrics", "look", self._get_metrics),
+                ("GET", "openapi.json", "look", self._get_openapi),
+                ("GET", "register", "register", self._register),
+                ("POST", "edge/disconnect/{name}", "manage", self._disconnect),
+                ("POST", "bridge/terminate", "manage", self._terminate)):
+            self._routes.add(method, pattern, handler, right)
+
+    def _find_route(self, exchange: Exchange) -> None:
+        """Find what answers the exchange, and whether its caller may ask for it."""
+        segments, method = exchange.segments, exchange.head.method
+        own = segments[0] in RESERVED_NAMES and segments[:1] != [BRIDGE_NAME] or segments == [""]
+        if own or segments == [BRIDGE_NAME, "terminate"]:
+            exchange.route, exchange.params = self._routes.match(method, segments)
+            right = exchange.route.right
+        else:
+            right = "look" if method in ("GET", "HEAD") else "use"
+        if right is None:
+            return
+        if exchange.identity is None:
+            raise Unauthorized("a token is needed: send 'Authorization: Bearer TOKEN', or sign in",
+                               headers={"WWW-Authenticate": 'Bearer realm="radical-edge"'})
+        if not exchange.identity.may(right):
+            raise Forbidden(f"a token of scope {exchange.identity.scope.value!r} may not do this")
+
+    def _get_page(self, _exchange: Exchange) -> Response:
+        """Answer the page for browsers."""
+        return Response(_PAGE, headers={"Content-Security-Policy": _PAGE_POLICY},
+                        media_type="text/html; charset=utf-8")
+
+    def _get_health(self, _exchange: Exchange) -> Any:
+        """Answer whether the bridge is up, and its version."""
+        return {"status": "healthy", "version": __version__}
+
+    def _sign_in(self, exchange: Exchange) -> Response:
+        """Sign a browser in: {"token"} becomes a cookie."""
+        request = Request("POST", "/auth", exchange.head.fields, exchange.body)
+        value = request.parse_json()
+        token = value.get("token") if isinstance(value, dict) else None
+        if not isinstance(token, str):
+            raise Unprocessable('token: send {"token": "..."}')
+        identity, cookie = self._authenticator.sign_in(token, exchange.connection.address)
+        return JSONResponse({"name": identity.name, "scope": identity.scope.value},
+                            headers={"Set-Cookie": self._cookie_field(cookie, COOKIE_S)})
+
+    def _sign_out(self, _exchange: Exchange) -> Response:
+        """End a browser's sign-in."""
+        return JSONResponse({"status": "signed out"},
+                            headers={"Set-Cookie": self._cookie_field("", 0)})
+
+    def _cookie_field(self, value: str, age: int) -> str:
+        secure = "; Secure" if self.url.startswith("https") else ""
+        return (f"{COOKIE_NAME}={value}; Path=/; Max-Age={age}; HttpOnly; SameSite=Strict{secure}")
+
+    def _list_topology(self, _exchange: Exchange) -> Any:
+        """List the edges and all that is known of their plugins."""
+        return {"data": self._registry.topology()}
+
+    def _list_edges(self, _exchange: Exchange) -> Any:
+        """List the edges and the names of their plugins."""
+        edges = [{"name": name, "plugins": list(plugins), "connected": True,
+                  "plugin_count": len(plugins)}
+                 for name, plugins in self._registry.describe_plugins().items()]
+        return {"edges": edges, "total": len(edges)}
+
+    def _subscribe(self, exchange: Exchange) -> None:
+        """Follow the events (text/event-stream)."""
+        if exchange.head.method == "HEAD":
+            raise MethodNotAllowed("use GET for the event stream", headers={"Allow": "GET"})
+        self._hub.subscribe(exchange, self._registry.topology())
+        bridge_log.info("%s: %s follows the events", exchange.request_id, exchange.identity.name)
+
+    def _get_ui_module(self, exchange: Exchange) -> Response:
+        """Answer a plugin's UI module."""
+        name = exchange.params["name"]
+        for link in self._registry.links.values():
+            if name in link.ui_modules:
+                return Response(link.ui_modules[name], headers=dict([_FOREIGN_POLICY]),
+                                media_type="text/javascript; charset=utf-8")
+        raise NotFound(f"no connected edge has a UI module for the plugin {name!r}")
+
+    def _get_metrics(self, _exchange: Exchange) -> Response:
+        """Answer counters and gauges (Prometheus text format)."""
+        links = self._registry.links
+        gauges = {"edges": len(links), "subscribers": len(self._hub.subscribers),
+                  "connections": len(self.connections),
+                  "requests_pending": sum(link.pending for link in links.values()),
+                  "auth_failures": self._authenticator.failures,
+                  "last_event_id": self._hub.log.last_id}
+        return Response(self.counters.encode(gauges),
+                        media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def _get_openapi(self, _exchange: Exchange) -> Any:
+        """Answer this description."""
+        edges = {name: link.routes for name, link in self._registry.links.items()}
+        return describe_api(self._routes, edges)
+
+    def _disconnect(self, exchange: Exchange) -> Any:
+        """Tell an edge to end and not to come back."""
+        name = exchange.params["name"]
+        if name == BRIDGE_NAME:
+            raise BadRequest("the bridge is not an edge: use POST /bridge/terminate to end it")
+        link = self._registry.find(name)
+        link.send({"type": "shutdown", "reason": f"disconnected by {exchange.identity.name}"})
+        link.close(CloseCode.NORMAL, "disconnected by a client")
+        return {"status": "shutdown", "edge": name}
+
+    def _terminate(self, _exchange: Exchange) -> Any:
+        """End the bridge; the edges stay up."""
+        if self._on_end is not None:
+            self.loop.call_later(SWEEP_S, self._on_end)          # after the answer is sent
+        return {"status": "terminating", "message": "The bridge ends; edges stay up."}
+
+    def _register(self, exchange: Exchange) -> None:
+        fields = exchange.head.fields
+        if "origin" in fields:
+            raise Forbidden("edges are no browsers: a request with Origin cannot register")
+        key = fields.get("sec-websocket-key", "")
+        wanted = "websocket" in fields.get("upgrade", "").lower() and \
+            "upgrade" in connection_options(fields) and len(key) == 24
+        if not wanted or fields.get("sec-websocket-version") != "13":
+            raise EdgeError("this path is for edges: it speaks WebSocket, version 13",
+                            HTTPStatus.UPGRADE_REQUIRED,
+                            headers={"Upgrade": "websocket", "Connection": "Upgrade",
+                                     "Sec-WebSocket-Version": "13"})
+        connection = exchange.connection
+        link = self._registry.open(connection, exchange.identity)
+        rest = connection.take_over(link.on_data, link.on_lost)
+        connection.channel.send(encode_response_head(HTTPStatus.SWITCHING_PROTOCOLS, [
+            ("Upgrade", "websocket"), ("Connection", "Upgrade"),
+            ("Sec-WebSocket-Accept", accept_key(key))]))
+        if rest:
+            link.on_data(rest)
+
+    # -- proxying
+
+    def _proxy(self, exchange: Exchange) -> None:
+        name, head = exchange.segments[0], exchange.head
+        if len(exchange.segments) < 3:
+            raise NotFound("there is no such route; a plugin's are /EDGE/PLUGIN/ROUTE")
+        target = head.target[len(head.target.split("/", 2)[1]) + 1:]
+        headers = self._forwarded_fields(exchange)
+        exchange.deadline = self.loop.time() + self._timeout_of(head)
+        if name == BRIDGE_NAME:
+            incoming = EdgeRequest(exchange.request_id, head.method, target, headers, exchange.body)
+            self._host.dispatch(incoming, lambda response: self._thread.call(
+                self._on_own_response, exchange, response))
+        else:
+            self._registry.find(name).forward(exchange, target, headers)
+
+    def _on_own_response(self, exchange: Exchange, response: Response) -> None:
+        response.headers.update([_FOREIGN_POLICY])
+        exchange.respond(response)
+
+    def _forwarded_fields(self, exchange: Exchange) -> Dict[str, str]:
+        fields = exchange.head.fields
+        dropped = connection_options(fields)
+        headers = {name: value for name, value in fields.items()
+                   if name not in _KEPT_BACK and not name.startswith("x-forwarded-")
+                   and name not in dropped}
+        headers["x-request-id"] = exchange.request_id
+        headers["x-forwarded-user"] = exchange.identity.name
+        headers["x-forwarded-scope"] = exchange.identity.scope.value
+        return headers
+
+    def _timeout_of(self, head: RequestHead) -> float:
+        text = head.fields.get("x-request-timeout")
+        if text is None:
+            return self._request_timeout
+        if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) <= 0:
+            raise Unprocessable(f"X-Request-Timeout: {text[:40]!r} is not a number of seconds")
+        return float(text)
+
+    def _request_id(self, head: RequestHead) -> str:
+        given = head.fields.get("x-request-id")
+        if given is not None and REQUEST_ID_PATTERN.fullmatch(given):
+            return given
+        self._request_count += 1
+        return f"{self._own_ids}{self._request_count:x}"
+
+    # -- inside
+
+    def _adopt(self, connection: HttpConnection, sock: socket.socket) -> None:
+        self.connections.add(connection)
+        connection.adopt(sock)
+
+    def _on_own_notification(self, plugin_name: str, topic: str, data: Any) -> None:
+        self._thread.call(self._hub.publish, BRIDGE_NAME, plugin_name, topic, data)
+
+    async def _start_tasks(self) -> None:
+        self._tasks = [asyncio.ensure_future(self._sweep()), asyncio.ensure_future(self._beat())]
+        if self._tokens is not None:
+            self._tasks.append(asyncio.ensure_future(self._watch_tokens()))
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now = self.loop.time()
+            for link in list(self._registry.links.values()):
+                link.sweep(now, self._heartbeat)
+            for link in [item for item in self._registry.unregistered
+                         if now - item.opened > HANDSHAKE_S]:
+                link.close(CloseCode.POLICY, "did not register in time")
+            for connection in [item for item in self.connections if item.deadline < now]:
+                connection.on_deadline()
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(self._heartbeat)
+            self._hub.beat()
+            for link in list(self._registry.links.values()):
+                link.beat()
+
+    async def _watch_tokens(self) -> None:
+        workers = Workers("tokens", 1)            # the file may lie on a file system that hangs
+        try:
+            while True:
+                await asyncio.sleep(RELOAD_S)
+                try:
+                    if await workers.call(self._tokens.refresh):
+                        self._drop_revoked()
+                except (EdgeError, OSError) as error:
+                    bridge_log.error("tokens are not reloaded: %s", error)
+        finally:
+            workers.stop()
+
+    def _drop_revoked(self) -> None:
+        for link in [*self._registry.links.values(), *self._registry.unregistered]:
+            if self._tokens.find_named(link.identity.name) is None:
+                link.close(CloseCode.POLICY, "the token was revoked")
+
+    async def _close_all(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        self._hub.close()
+        for link in [*self._registry.links.values(), *self._registry.unregistered]:
+            link.close(CloseCode.GOING_AWAY, "the bridge ends")
+        await asyncio.sleep(0)                    # closing connections write their last bytes
+        for connection in list(self.connections):
+            connection.channel.close("the bridge ends")
+
+
+def describe_api(routes: Router, edges: Dict[str, Dict[str, List[Tuple[str, str]]]]
+                 ) -> Dict[str, Any]:
+    """Return the API as OpenAPI 3.1: the bridge's routes and those of every plugin on every edge.
+
+    edges: {edge name: {plugin name: [(method, pattern), ...]}}.
+    """
+    paths: Dict[str, Dict[str, Any]] = {}
+    for route in routes.list():
+        if route.pattern != "register":
+            text = (route.handler.__doc__ or "").strip().partition("\n")[0]
+            _add_operation(paths, f"/{route.pattern}", route.method, text, route.right)
+    for edge, plugins in edges.items():
+        for name, pairs in plugins.items():
+            for method, pattern in pairs:
+                right = "look" if method == "GET" else "use"
+                _add_operation(paths, f"/{edge}/{name}/{pattern}", method, "", right)
+    error = {"type": "object", "required": ["error", "status_code", "detail"], "properties": {
+        "error": {"type": "boolean"}, "status_code": {"type": "integer"},
+        "detail": {"type": "string"}}}
+    return {"openapi": "3.1.0", "info": {"title": "Radical Edge", "version": __version__},
+            "paths": paths, "components": {
+                "schemas": {"Error": error},
+                "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}}
+
+
+def _add_operation(paths: Dict[str, Dict[str, Any]], path: str, method: str, summary: str,
+                   right: Optional[str]) -> None:
+    reference = {"schema": {"$ref": "#/components/schemas/Error"}}
+    operation: Dict[str, Any] = {
+        "summary": summary or f"{method} {path}",
+        "responses": {"200": {"description": "the answer"},
+                      "default": {"description": "an error",
+                                  "content": {"application/json": reference}}},
+        "security": [{"token": []}] if right else []}
+    names = re.findall(r"\{(\w+)\}", path)
+    if names:
+        operation["parameters"] = [{"name": name, "in": "path", "required": True,
+                                    "schema": {"type": "string"}} for name in names]
+    if method == "POST":
+        operation["requestBody"] = {"content": {"application/json": {"schema": {}}}}
+    paths.setdefault(path, {})[method.lower()] = operation
+
+
+# ---------------------------------------------------------------------------
+# 14. Client: functions for scripts (urllib), classes for programs. Both find the bridge by
+#     themselves: arguments, then the environment, then ~/.radical/edge.
+# ---------------------------------------------------------------------------
+
+client_log = logging.getLogger("radical_edge.client")
+CLIENT_TIMEOUT_S = REQUEST_S + 30.0    # the bridge gives up first, and says why
+
+_ERROR_BY_STATUS: Dict[int, Type[EdgeError]] = {
+    int(cls.status): cls for cls in (
+        BadRequest, Unauthorized, Forbidden, NotFound, MethodNotAllowed, Conflict, Gone,
+        LengthRequired, ContentTooLarge, TargetTooLong, Unprocessable, TooManyRequests,
+        HeadTooLarge, NotInstalled, BadGateway, EdgeOffline, DeadlineExceeded)}
+
+
+def make_error(status: int, headers: Any, body: bytes) -> EdgeError:
+    """Return the error that a reply of 400 or more stands for, of the class with its status."""
+    try:
+        detail = str(json.loads(body)["detail"])
+    except (ValueError, KeyError, TypeError):
+        detail = body[:200].decode(errors="replace") or HTTPStatus(status).phrase
+    error = _ERROR_BY_STATUS.get(status, EdgeError)(detail, status)
+    error.request_id = headers.get("X-Request-ID")
+    return error
+
+
+class _Connection(http.client.HTTPConnection):
+    """A connection of http.client, opened as all of ours are: proxy, TLS, pin."""
+
+    def __init__(self, host: str, target: Target, timeout: float = CLIENT_TIMEOUT_S) -> None:
+        super().__init__(host, timeout=timeout)
+        self._target = target
+
+    def connect(self) -> None:
+        self.sock = open_connection(self._target.url, self._target.cert)
+        self.sock.settimeout(self.timeout)
+
+
+class _Handler(urllib.request.AbstractHTTPHandler):
+    """Lets urllib use our connections."""
+
+    def __init__(self, target: Target) -> None:
+        super().__init__()
+        self._target = target
+
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(_Connection, request, target=self._target)   # type: ignore[arg-type]
+
+    https_open = http_open
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+
+def _urlopen(target: Target, method: str, path: str, body: Any = None,
+             timeout: float = CLIENT_TIMEOUT_S) -> Any:
+    """Return the reply's JSON value (None when empty). No redirects: they would carry the token."""
+    headers = {**target.headers, "Accept": "application/json"}
+    data = None
+    if body is not None or method == "POST":
+        data = encode_json({} if body is None else body).encode()
+        headers["Content-Type"] = "application/json"
+    request = urllib.request.Request(str(target.url) + path, data, headers, method=method)
+    opener = urllib.request.OpenerDirector()
+    opener.add_handler(_Handler(target))
+    try:
+        with opener.open(request, timeout=timeout) as reply:
+            content = reply.read()
+    except (OSError, ProtocolError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise Unavailable(f"{target.url}: {explain(reason)}") from None
+    if reply.status >= 400:
+        raise make_error(reply.status, reply.headers, content)
+    return json.loads(content) if content else None
+
+
+def list_edges(*, url: Optional[str] = None, token: Optional[str] = None,
+               cert: Optional[str] = None) -> List[str]:
+    """Return the names of the connected edges. Raises EdgeError."""
+    topology = _urlopen(find_bridge(url, token, cert), "POST", "/edge/list")
+    return list(topology["data"]["edges"])
+
+
+def list_plugins(edge: str, *, url: Optional[str] = None, token: Optional[str] = None,
+                 cert: Optional[str] = None) -> Dict[str, Dict[str, Any]]:
+    """Return {plugin: {"type", "namespace", "version", ...}} of an edge. Raises NotFound."""
+    topology = _urlopen(find_bridge(url, token, cert), "POST", "/edge/list")
+    edges = topology["data"]["edges"]
+    if edge not in edges:
+        raise NotFound(f"no edge named {edge!r} is connected; there are: "
+                       f"{', '.join(sorted(edges)) or 'none'}")
+    return edges[edge]["plugins"]
+
+
+def call(edge: str, plugin_name: str, route: str, body: Any = None, *,
+         method: Optional[str] = None, params: Optional[Dict[str, Any]] = None,
+         url: Optional[str] = None, token: Optional[str] = None, cert: Optional[str] = None,
+         timeout: float = CLIENT_TIMEOUT_S) -> Any:
+    """Call a plugin's route and return the JSON value it answers.
+
+    method: POST when there is a body, else GET. params: the query. timeout: seconds.
+    Raises EdgeError, whose status and detail are the reply's.
+    """
+    path = "/".join(["", _quote(edge), _quote(plugin_name), route.lstrip("/")])
+    if params:
+        path += "?" + urllib.parse.urlencode(params)
+    method = method or ("GET" if body is None else "POST")
+    return _urlopen(find_bridge(url, token, cert), method, path, body, timeout)
+
+
+def events(*, url: Optional[str] = None, token: Optional[str] = None, cert: Optional[str] = None,
+           edge: str = "", plugin_name: str = "", topic: str = "",
+           last_id: str = "") -> Iterator[Dict[str, Any]]:
+    """Yield {"topic", "data", "id"} for each event, for ever; reconnect and resume by itself.
+
+    The first is the topology: once it came, nothing is missed. edge, plugin_name, topic: filters.
+    last_id: the id after which to go on. Raises EdgeError when the bridge refuses.
+    """
+    filters = {"edge": edge, "plugin": plugin_name, "topic": topic}
+    with contextlib.closing(EventStream(find_bridge(url, token, cert), filters, last_id)) as stream:
+        yield from stream
+
+
+def _quote(segment: str) -> str:
+    return urllib.parse.quote(segment, safe="")
+
+
+class EventStream:
+    """Iterates over a bridge's events; reconnects with backoff and resumes. close() ends it.
+
+    Any thread may call close(). Duplicates, by id, are dropped.
+    """
+
+    def __init__(self, target: Target, filters: Optional[Dict[str, str]] = None,
+                 last_id: str = "") -> None:
+        self._target = target
+        query = urllib.parse.urlencode({name: value for name, value in (filters or {}).items()
+                                        if value})
+        self._path = f"{target.url.prefix}/events" + (f"?{query}" if query else "")
+        self._last_id = last_id
+        self._closed = threading.Event()
+        self._sock: Optional[socket.socket] = None
+
+    def close(self) -> None:
+        """End the iteration, also from another thread."""
+        self._closed.set()
+        sock = self._sock
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                # the plain method: SSLSocket's would drop its state under the reader's feet
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def __iter__(self) -> Iterator[Dict[str, Any]]:
+        pause = BACKOFF_S[0]
+        while not self._closed.is_set():
+            try:
+                for event in self._read_once():
+                    pause = BACKOFF_S[0]
+                    yield event
+            except (OSError, ProtocolError, http.client.HTTPException, ValueError) as error:
+                if not self._closed.is_set():
+                    client_log.info("event stream: %s; trying again", explain(error))
+            self._closed.wait(pause * random.uniform(0.5, 1.5))
+            pause = min(pause * 2, BACKOFF_S[1])
+
+    def _read_once(self) -> Iterator[Dict[str, Any]]:
+        """Yield the events of one connection."""
+        connection = _Connection(self._target.url.host, self._target,
+                                 timeout=(LINK_DEAD + 1) * HEARTBEAT_S)
+        try:
+            connection.connect()
+            self._sock = connection.sock
+            headers = {**self._target.headers, "Accept": "text/event-stream"}
+            if self._last_id:
+                headers["Last-Event-ID"] = self._last_id
+            connection.request("GET", self._path, headers=headers)
+            reply = connection.getresponse()
+            if reply.status != 200:
+                self._refuse(reply)
+            yield from self._parse(reply)
+        finally:
+            self._sock = None
+            connection.close()
+
+    def _parse(self, reply: http.client.HTTPResponse) -> Iterator[Dict[str, Any]]:
+        parser = EventParser()
+        while not self._closed.is_set():
+            data = reply.read1(READ_SIZE)
+            if not data:
+                return
+            for event in parser.feed(data):
+                value = json.loads(event.data)
+                if event.id and event.id == self._last_id and value["topic"] != "topology":
+                    continue                      # seen before the connection broke
+                self._last_id = event.id or self._last_id
+                yield {**value, "id": self._last_id}
+
+    @staticmethod
+    def _refuse(reply: http.client.HTTPResponse) -> None:
+        """Raise for good when it is the caller's mistake, and for a new try when it is not."""
+        error = make_error(reply.status, reply.headers, reply.read(MAX_HEAD))
+        if 400 <= reply.status < 500 and reply.status not in (408, 429):
+            raise error
+        raise OSError(str(error))
+
+
+class HttpResponse:
+    """A reply, with the names that users of httpx and requests know."""
+
+    def __init__(self, status_code: int, headers: Any, content: bytes) -> None:
+        self.status_code, self.headers, self.content = status_code, headers, content
+
+    @property
+    def is_error(self) -> bool:
+        """Whether the status is 400 or more."""
+        return self.status_code >= 400
+
+    @property
+    def text(self) -> str:
+        """The content as text."""
+        return self.content.decode(errors="replace")
+
+    def json(self) -> Any:
+        """Return the content as a JSON value. Raises ValueError."""
+        return json.loads(self.content)
+
+    def raise_for_status(self) -> "HttpResponse":
+        """Return self, or raise EdgeError when the status is 400 or more."""
+        if self.is_error:
+            raise make_error(self.status_code, self.headers, self.content)
+        return self
+
+
+class HttpClient:
+    """Sends requests to one bridge over connections that it keeps alive. Any thread may use it."""
+
+    MAX_IDLE = 16
+
+    def __init__(self, target: Target, timeout: float = CLIENT_TIMEOUT_S) -> None:
+        self._target, self._timeout = target, timeout
+        self._lock = threading.Lock()
+        self._idle: List[_Connection] = []        # guarded by _lock
+
+    def get(self, path: str, *, params: Optional[Dict[str, Any]] = None,
+            headers: Optional[Dict[str, str]] = None) -> HttpResponse:
+        """Send a GET request."""
+        return self.request("GET", path, params=params, headers=headers)
+
+    def post(self, path: str, *, json: Any = None, content: Optional[bytes] = None,
+             params: Optional[Dict[str, Any]] = None,
+             headers: Optional[Dict[str, str]] = None) -> HttpResponse:
+        """Send a POST request with a JSON value or bytes as its body."""
+        return self.request("POST", path, json=json, content=content, params=params,
+                            headers=headers)
+
+    def request(self, method: str, path: str, *, json: Any = None, content: Optional[bytes] = None,
+                params: Optional[Dict[str, Any]] = None,
+                headers: Optional[Dict[str, str]] = None) -> HttpResponse:
+        """Send a request and return its reply, whatever the status.
+
+        Raises Unavailable when the bridge cannot be reached or hangs up.
+        """
+        fields = {**self._target.headers, **(headers or {})}
+        if json is not None:
+            content, fields["Content-Type"] = encode_json(json).encode(), "application/json"
+        if params:
+            path += "?" + urllib.parse.urlencode(params)
+        connection = self._take()
+        try:
+            connection.request(method, self._target.url.prefix + path, content, fields)
+            reply = connection.getresponse()
+            response = HttpResponse(reply.status, reply.headers, reply.read())
+        except (OSError, ProtocolError, http.client.HTTPException) as error:
+            connection.close()
+            raise Unavailable(f"{self._target.url}: {explain(error)}") from None
+        self._give_back(connection, reply)
+        return response
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+    def _take(self) -> _Connection:
+        while True:
+            with self._lock:
+                connection = self._idle.pop() if self._idle else None
+            if connection is None:
+                return _Connection(self._target.url.host, self._target, self._timeout)
+            # an idle connection that is readable was closed by the bridge
+            if not select.select([connection.sock], [], [], 0)[0]:
+                return connection
+            connection.close()
+
+    def _give_back(self, connection: _Connection, reply: http.client.HTTPResponse) -> None:
+        if reply.will_close or connection.sock is None:
+            connection.close()
+            return
+        with self._lock:
+            if len(self._idle) < self.MAX_IDLE:
+                self._idle.append(connection)
+                return
+        connection.close()
+
+
+Callback = Callable[[str, str, str, Any], None]
+_CallbackKey = Tuple[Optional[str], Optional[str], Optional[str]]
+
+
+class BridgeClient:
+    """A program's connection to a bridge: edges, their plugins, and callbacks for events.
+
+    Callbacks run one after the other, in a thread of the client's own. register_callback() returns
+    once the subscription stands: what happens after it is not missed.
+    """
+
+    def __init__(self, url: Optional[str] = None, cert: Optional[str] = None,
+                 token: Optional[str] = None, timeout: float = CLIENT_TIMEOUT_S) -> None:
+        self._target = find_bridge(url, token, cert)
+        self._http = HttpClient(self._target, timeout)
+        self._lock = threading.Lock()
+        self._callbacks: Dict[_CallbackKey, List[Callback]] = {}                 # guarded by _lock
+        self._topology_callbacks: List[Callable[[Dict[str, Any]], None]] = []    # guarded by _lock
+        self._stream: Optional[EventStream] = None               # guarded by _lock
+        self._listener: Optional[threading.Thread] = None        # guarded by _lock
+        self._listening = threading.Event()       # set once the first event, the topology, came
+        self._listen_error: Optional[EdgeError] = None           # set before _listening
+
+    def __enter__(self) -> "BridgeClient":
+        return self
+
+    def __exit__(self, *_exc: Any) -> None:
+        self.close()
+
+    @property
+    def http(self) -> HttpClient:
+        """What sends the requests."""
+        return self._http
+
+    def list_edges(self) -> List[str]:
+        """Return the names of the connected edges."""
+        return list(self.get_topology()["edges"])
+
+    def get_topology(self) -> Dict[str, Any]:
+        """Return {"bridge": {"url"}, "edges": {name: {"endpoint", "plugins"}}}."""
+        return self._http.post("/edge/list").raise_for_status().json()["data"]
+
+    def get_edge_client(self, edge_id: str) -> "EdgeClient":
+        """Return a client of one edge."""
+        return EdgeClient(self, edge_id)
+
+    def disconnect_edge(self, edge_id: str) -> None:
+        """Tell an edge to end and not to come back. Needs an admin's token."""
+        self._http.post(f"/edge/disconnect/{_quote(edge_id)}").raise_for_status()
+
+    def register_callback(self, edge_id: Optional[str] = None, plugin_name: Optional[str] = None,
+                          topic: Optional[str] = None,
+                          callback: Optional[Callback] = None) -> None:
+        """Call `callback(edge, plugin, topic, data)` for notifications; None stands for any."""
+        if callback is None:
+            raise ValueError("callback: give the function to call")
+        with self._lock:
+            self._callbacks.setdefault((edge_id, plugin_name, topic), []).append(callback)
+        self.wait_for_listener()
+
+    def unregister_callback(self, edge_id: Optional[str] = None, plugin_name: Optional[str] = None,
+                            topic: Optional[str] = None,
+                            callback: Optional[Callback] = None) -> None:
+        """Undo register_callback() with the same arguments."""
+        with self._lock:
+            found = self._callbacks.get((edge_id, plugin_name, topic), [])
+            if callback in found:
+                found.remove(callback)
+
+    def register_topology_callback(self, callback: Callable[[Dict[str, Any]], None]) -> None:
+        """Call `callback({edge: {"endpoint", "plugins"}})` now and whenever edges come or go."""
+        with self._lock:
+            self._topology_callbacks.append(callback)
+            listening = self._listening.is_set()
+        if listening:
+            callback(self.get_topology()["edges"])
+        self.wait_for_listener()
+
+    def unregister_topology_callback(self, callback: Callable[[Dict[str, Any]], None]) -> None:
+        """Undo register_topology_callback()."""
+        with self._lock:
+            if callback in self._topology_callbacks:
+                self._topology_callbacks.remove(callback)
+
+    def wait_for_listener(self, timeout: float = HANDSHAKE_S) -> None:
+        """Return once events are being received. Raises EdgeError when that fails or takes longer.
+
+        timeout: seconds.
+        """
+        with self._lock:
+            if self._listener is None:
+                self._stream = EventStream(self._target)
+                self._listener = threading.Thread(target=self._listen, args=(self._stream,),
+                                                  name="client-events", daemon=True)
+                self._listener.start()
+            if threading.current_thread() is self._listener:
+                return                            # a callback that registers another
+        if not self._listening.wait(timeout):
+            raise Unavailable(f"{self._target.url}: no event stream within {timeout:.0f} s")
+        if self._listen_error is not None:
+            raise self._listen_error
+
+    def close(self) -> None:
+        """Stop listening and close the connections."""
+        with self._lock:
+            stream, listener = self._stream, self._listener
+        if stream is not None:
+            stream.close()
+        if listener is not None and listener is not threading.current_thread():
+            listener.join(STOP_S)
+        self._http.close()
+
+    def _listen(self, stream: EventStream) -> None:
+        try:
+            for event in stream:
+                self._on_event(event["topic"], event["data"])
+                self._listening.set()
+        except EdgeError as error:
+            client_log.error("event stream: %s", error)
+            self._listen_error = error
+            self._listening.set()
+
+    def _on_event(self, topic: str, data: Dict[str, Any]) -> None:
+        if topic == "topology":
+            with self._lock:
+                topology_callbacks = list(self._topology_callbacks)
+            for callback in topology_callbacks:
+                self._run(callback, data["edges"])
+        elif topic == "notification":
+            found = (data["edge"], data["plugin"], data["topic"])
+            for notify in self._find_callbacks(found):
+                self._run(notify, *found, data["data"])
+        elif topic == "gap":
+            client_log.warning("events %s to %s are gone", data["from"], data["to"])
+
+    def _find_callbacks(self, found: Tuple[str, str, str]) -> List[Callback]:
+        with self._lock:
+            return [callback for key, callbacks in self._callbacks.items() for callback in callbacks
+                    if all(wanted in (None, value) for wanted, value in zip(key, found))]
+
+    @staticmethod
+    def _run(callback: Callable[..., None], *args: Any) -> None:
+        try:
+            callback(*args)
+        except Exception:                         # the caller's; the others must still be called
+            client_log.exception("callback %r failed", callback)
+
+
+class EdgeClient:
+    """A program's access to the plugins of one edge."""
+
+    def __init__(self, bridge_client: BridgeClient, edge_id: str) -> None:
+        self._bc, self._edge_id = bridge_client, edge_id
+
+    @property
+    def http(self) -> HttpClient:
+        """What sends the requests."""
+        return self._bc.http
+
+    @property
+    def edge_id(self) -> str:
+        """The edge's name."""
+        return self._edge_id
+
+    def list_plugins(self) -> Dict[str, Dict[str, Any]]:
+        """Return {plugin: {"type", "namespace", "version", ...}}; {} when the edge is not there."""
+        return self._bc.get_topology()["edges"].get(self._edge_id, {}).get("plugins", {})
+
+    def get_plugin(self, plugin_name: str, **session_kwargs: Any) -> "PluginClient":
+        """Return a client of a plugin, of the plugin's own client class, with a session.
+
+        session_kwargs: passed to its register_session(). Raises NotFound.
+        """
+        plugins = self.list_plugins()
+        if plugin_name not in plugins:
+            raise NotFound(f"edge {self._edge_id!r} has no plugin {plugin_name!r}; it has: "
+                           f"{', '.join(sorted(plugins)) or 'none'}")
+        described = plugins[plugin_name]
+        cls = Plugin.get_plugin_class(described["type"])
+        if cls is None:
+            load_builtin_plugins()
+            cls = Plugin.get_plugin_class(described["type"])
+        factory = getattr(cls, "client_class", None) or PluginClient
+        client = factory(self.http, described["namespace"], bridge_client=self._bc,
+                         edge_id=self._edge_id, plugin_name=plugin_name)
+        client.register_session(**session_kwargs)
+        return client
+
+
+class PluginClient:
+    """A program's access to one plugin of one edge; subclasses add a method for each route."""
+
+    def __init__(self, http_client: HttpClient, base_url: str,
+                 bridge_client: Optional[BridgeClient] = None, edge_id: Optional[str] = None,
+                 plugin_name: Optional[str] = None) -> None:
+        self._http = http_client
+        self._base_url = base_url.rstrip("/")
+        self._bc, self._edge_id, self._plugin_name = bridge_client, edge_id, plugin_name
+        self._sid: Optional[str] = None
+
+    def __enter__(self) -> "PluginClient":
+        return self
+
+    def __exit__(self, *_exc: Any) -> None:
+        self.close()
+
+    @property
+    def sid(self) -> Optional[str]:
+        """The session id, None without a session."""
+        return self._sid
+
+    def register_session(self, **kwargs: Any) -> None:
+        """Make a session on the edge, with `kwargs` as its arguments."""
+        self._sid = self._post("register_session", kwargs or None)["sid"]
+
+    def unregister_session(self) -> None:
+        """Close the session on the edge, if there is one."""
+        if self._sid:
+            sid, self._sid = self._sid, None
+            self._post(f"unregister_session/{_quote(sid)}")
+
+    def close(self) -> None:
+        """Close the session; what goes wrong is logged."""
+        try:
+            self.unregister_session()
+        except EdgeError as error:
+            client_log.warning("%s: session not closed: %s", self._base_url, error)
+
+    def register_notification_callback(self, callback: Callback,
+                                       topic: Optional[str] = None) -> None:
+        """Call `callback(edge, plugin, topic, data)` for this plugin's notifications."""
+        self._need_bridge().register_callback(self._edge_id, self._plugin_name, topic, callback)
+
+    def unregister_notification_callback(self, callback: Callback,
+                                         topic: Optional[str] = None) -> None:
+        """Undo register_notification_callback() with the same arguments."""
+        self._need_bridge().unregister_callback(self._edge_id, self._plugin_name, topic, callback)
+
+    # -- for subclasses
+
+    def _url(self, path: str) -> str:
+        """Return the path of a route on the bridge."""
+        return f"{self._base_url}/{path.lstrip('/')}"
+
+    def _get(self, path: str, **params: Any) -> Any:
+        """Return what a GET route answers. Parameters that are None are left out."""
+        query = {name: value for name, value in params.items() if value is not None}
+        return self._http.get(self._url(path), params=query).raise_for_status().json()
+
+    def _post(self, path: str, body: Any = None) -> Any:
+        """Return what a POST route answers. Raises EdgeError."""
+        return self._http.post(self._url(path), json=body).raise_for_status().json()
+
+    def _require_session(self) -> str:
+        """Return the session id. Raises RuntimeError without one."""
+        if not self._sid:
+            raise RuntimeError("there is no session: call register_session()")
+        return self._sid
+
+    def _need_bridge(self) -> BridgeClient:
+        if self._bc is None:
+            raise RuntimeError("notifications need a PluginClient made by EdgeClient.get_plugin()")
+        return self._bc
+
+
+# ---------------------------------------------------------------------------
+# 15. Command line: flags, then the environment, then files in ~/.radical/edge.
+# ---------------------------------------------------------------------------
+
+_HELP = f"""\
+Radical Edge {__version__}: reach supercomputers from anywhere, with one Python file.
+
+  python radical_edge.py --bridge --edge                  both, to try it on a laptop
+  python radical_edge.py --edge --url https://HOST:8000   on a login node
+  python radical_edge.py --call EDGE/sysinfo/homedir      ask an edge something
+
+Run:       --bridge  --edge        the meeting point; plugins on this machine; or both
+  --url URL[,URL]                  the bridge's address                  [RADICAL_BRIDGE_URL]
+  --cert FILE|sha256:HEX           trust it; of a bridge: its own        [RADICAL_BRIDGE_CERT]
+  --key FILE                       a bridge's private key                [RADICAL_BRIDGE_KEY]
+  --name NAME                      of the edge                           [this host's name]
+  -p, --plugins NAME,...           plugins to serve, by name or prefix   [all that work]
+  --plugin-file FILE               load plugins from a file (may be repeated)
+  --host HOST  --port PORT         where a bridge listens                [127.0.0.1:{DEFAULT_PORT}]
+  --allow-host NAME                another name of the bridge, for browsers (may be repeated)
+  --state DIR                      where sessions and jobs are kept      [~/.radical/edge/state]
+  --request-timeout S              the longest request                   [{REQUEST_S:.0f}]
+  --heartbeat S                    between pings                         [{HEARTBEAT_S:.0f}]
+  --insecure  --no-auth            allow plain HTTP to other hosts; let everybody in
+Ask:       --list                  edges and plugins
+  --call EDGE/PLUGIN/ROUTE [JSON]  POST with JSON, else GET; {{sid}} in ROUTE opens a session
+  --events [EDGE/PLUGIN/TOPIC]     print events, one JSON object a line
+  --check                          say, line by line, what works, and what to do about the rest
+Tokens:    --token add NAME [--scope admin|client|read|edge] [--expires 30d] [--edges PATTERN]
+           --token list | --token revoke NAME                            [RADICAL_BRIDGE_TOKEN]
+Other:     --log-level LEVEL [RADICAL_LOG_LVL]   --version   -h, --help
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and where the help is."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"radical_edge: {message}; see --help\n")
+
+    def format_help(self) -> str:
+        return _HELP
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; _HELP must name each of its options."""
+    parser = _Parser(prog="radical_edge", allow_abbrev=False)
+    for flag in ("--bridge", "--edge", "--list", "--check", "--insecure", "--no-auth"):
+        parser.add_argument(flag, action="store_true")
+    for flag in ("--url", "--cert", "--key", "--name", "--state", "--host", "--scope", "--expires",
+                 "--edges", "--log-level"):
+        parser.add_argument(flag)
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT)
+    parser.add_argument("-p", "--plugins")
+    for flag in ("--plugin-file", "--allow-host"):
+        parser.add_argument(flag, action="append", default=[])
+    parser.add_argument("--request-timeout", type=float, default=REQUEST_S)
+    parser.add_argument("--heartbeat", type=float, default=HEARTBEAT_S)
+    parser.add_argument("--call", nargs="+", metavar=("EDGE/PLUGIN/ROUTE", "JSON"))
+    parser.add_argument("--events", nargs="?", const="", metavar="EDGE/PLUGIN/TOPIC")
+    parser.add_argument("--token", nargs="+", metavar=("add|list|revoke", "NAME"))
+    parser.add_argument("--version", action="version", version=__version__)
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run the command line; return the exit status: 0, 1 when it failed, 2 for wrong usage."""
+    options = make_parser().parse_args(argv)
+    try:
+        _configure_logging(options.log_level or os.environ.get("RADICAL_LOG_LVL") or "INFO",
+                           serving=options.bridge or options.edge)
+        if options.insecure:
+            os.environ["RADICAL_BRIDGE_INSECURE"] = "1"
+        return _run(options)
+    except (EdgeError, ValueError, OSError) as error:
+        text = error.detail if isinstance(error, EdgeError) else str(error)
+        print(f"radical_edge: {text}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.token:
+        return _run_token(options)
+    if options.check:
+        return _run_check(options)
+    if options.bridge or options.edge:
+        return _serve(options)
+    if options.list:
+        return _run_list(options)
+    if options.call:
+        return _run_call(options)
+    if options.events is not None:
+        return _run_events(options)
+    print(_HELP, end="")
+    return 2
+
+
+def _configure_logging(level: str, *, serving: bool) -> None:
+    number = logging.getLevelName(level.upper())
+    if not isinstance(number, int):
+        raise ValueError(f"--log-level {level}: take DEBUG, INFO, WARNING or ERROR")
+    logging.basicConfig(level=number if serving else max(number, logging.WARNING),
+                        format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
+    # a line for every request: spare what the format does not show
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None                       # type: ignore[attr-defined]
+
+
+# -- serving
+
+def _serve(options: argparse.Namespace) -> int:
+    """Run a bridge, an edge or both until a signal, or until they are told to end."""
+    _raise_file_limit()
+    done = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, functools.partial(_on_signal, done))
+    load_builtin_plugins()
+    for path in options.plugin_file:
+        load_plugin_file(path)
+    services: List[Any] = []
+    try:
+        if options.bridge:
+            services.append(_start_bridge(options, done))
+        if options.edge:
+            load_entry_points()
+            services.insert(0, _start_edge(options, services, done))
+        _settle_memory()
+        done.wait()
+    finally:
+        clean = all([service.stop() for service in services])
+    _exit_at_once_if(not clean)
+    return 0
+
+
+def _on_signal(done: threading.Event, _number: int, _frame: Any) -> None:
+    if done.is_set():
+        os._exit(1)                               # asked twice
+    done.set()
+
+
+def _exit_at_once_if(stuck: bool) -> None:
+    """End a process in which a thread is stuck, which Python would wait for."""
+    if stuck or any(not thread.daemon and thread is not threading.main_thread()
+                    for thread in threading.enumerate()):
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def _settle_memory() -> None:
+    """Give back what start-up needed; compiling this file alone leaves 10 MB of free pages."""
+    gc.collect()
+    gc.freeze()                                   # what is left stays: no need to look at it again
+    try:
+        import ctypes                             # not in every build of Python
+        ctypes.CDLL(None).malloc_trim(0)          # of the GNU C library
+    except (ImportError, OSError, AttributeError):
+        pass
+
+
+def _raise_file_limit() -> None:
+    """Allow as many open sockets as the system lets us."""
+    try:
+        import resource                           # not on every platform
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ImportError, ValueError, OSError):
+        pass
+
+
+def _start_bridge(options: argparse.Namespace, done: threading.Event) -> Bridge:
+    host = options.host or "127.0.0.1"
+    cert = options.cert or os.environ.get("RADICAL_BRIDGE_CERT")
+    key = options.key or os.environ.get("RADICAL_BRIDGE_KEY")
+    if not cert and not is_loopback(host) and not options.insecure:
+        raise ValueError(f"--host {host} is public: give --cert and --key for TLS, or --insecure")
+    tokens = None if options.no_auth else _open_tokens()
+    wanted = options.plugins.split(",") if options.plugins and not options.edge else []
+    bridge = Bridge(host, options.port, tokens=tokens, cert=cert, key=key, plugins=wanted,
+                    allow_hosts=options.allow_host, request_timeout=options.request_timeout,
+                    heartbeat=options.heartbeat, state_dir=_state_dir(options, BRIDGE_NAME),
+                    on_end=done.set)
+    bridge.start()
+    pin = "sha256:" + hashlib.sha256(ssl.PEM_cert_to_DER_cert(_first_certificate(cert))
+                                     ).hexdigest() if cert else ""
+    write_private(home_dir() / "url", f"{bridge.url}\n{pin}\n")
+    if tokens is None:
+        bridge_log.warning("--no-auth: everybody who reaches %s can run programs as you",
+                           bridge.url)
+    print(f"bridge: {bridge.url}" + (f"\nbridge: certificate {pin}" if pin else ""), flush=True)
+    return bridge
+
+
+def _first_certificate(path: str) -> str:
+    text = Path(path).read_text(encoding="ascii", errors="replace")
+    begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+    return text[text.index(begin):text.index(end) + len(end)]
+
+
+def _open_tokens() -> TokenStore:
+    """Return the bridge's tokens; the first start makes one."""
+    store = TokenStore(home_dir() / "tokens.json")
+    given = os.environ.get("RADICAL_BRIDGE_TOKEN")
+    if given:
+        store.add_fixed("environment", given)
+    elif not store.list():
+        path = home_dir() / "token"
+        write_private(path, store.add("default", "admin") + "\n")
+        print(f"bridge: made a first token, in {path}", flush=True)
+    return store
+
+
+def _start_edge(options: argparse.Namespace, services: List[Any], done: threading.Event) -> Edge:
+    url, cert = options.url, options.cert
+    if services and not url:                      # beside its bridge: no need to look for it
+        url, cert = services[0].url, default_bridge()[1]
+    wanted = options.plugins.split(",") if options.plugins else None
+    name = options.name or default_edge_name()
+    edge = Edge(url, name, plugins=wanted, cert=cert, heartbeat=options.heartbeat,
+                state_dir=_state_dir(options, name), on_end=None if services else done.set)
+    edge.start()
+    print(f"edge: {edge.name}, with {', '.join(sorted(edge.host.describe())) or 'no plugins'}",
+          flush=True)
+    return edge
+
+
+def _state_dir(options: argparse.Namespace, name: str) -> Path:
+    return Path(options.state).expanduser() if options.state else home_dir() / "state" / name
+
+
+# -- asking
+
+def _arguments(options: argparse.Namespace) -> Dict[str, Optional[str]]:
+    return {"url": options.url, "cert": options.cert}
+
+
+def _run_list(options: argparse.Namespace) -> int:
+    target = find_bridge(**_arguments(options))
+    edges = _urlopen(target, "POST", "/edge/list")["data"]["edges"]
+    for name, edge in sorted(edges.items()):
+        print(f"{name}: {', '.join(sorted(edge['plugins'])) or 'no plugins'}")
+    if not edges:
+        print(f"no edge is connected; on the machine to reach, run:\n"
+              f"  python radical_edge.py --edge --url {target.url}")
+    return 0
+
+
+def _run_call(options: argparse.Namespace) -> int:
+    parts = options.call[0].strip("/").split("/", 2)
+    if len(parts) < 3 or len(options.call) > 2:
+        raise ValueError("--call takes EDGE/PLUGIN/ROUTE and perhaps one JSON value")
+    edge, plugin_name, route = parts
+    body = None
+    if len(options.call) > 1:
+        try:
+            body = json.loads(options.call[1])
+        except ValueError as error:
+            raise ValueError(f"--call: the second value is not JSON: {error}") from None
+    value = _call_with_session(edge, plugin_name, route, body, _arguments(options))
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+    return 0
+
+
+def _call_with_session(edge: str, plugin_name: str, route: str, body: Any,
+                       arguments: Dict[str, Any]) -> Any:
+    """Call a route; "{sid}" in it stands for a session that is opened for this one call."""
+    if "{sid}" not in route:
+        return _call_either_way(edge, plugin_name, route, body, arguments)
+    sid = call(edge, plugin_name, "register_session", {}, **arguments)["sid"]
+    try:
+        return _call_either_way(edge, plugin_name, route.replace("{sid}", sid), body, arguments)
+    finally:
+        call(edge, plugin_name, f"unregister_session/{sid}", {}, **arguments)
+
+
+def _call_either_way(edge: str, plugin_name: str, route: str, body: Any,
+                     arguments: Dict[str, Any]) -> Any:
+    try:
+        return call(edge, plugin_name, route, body, **arguments)
+    except MethodNotAllowed:
+        if body is not None:
+            raise
+        return call(edge, plugin_name, route, {}, **arguments)   # a POST route that needs no body
+
+
+def _run_events(options: argparse.Namespace) -> int:
+    edge, plugin_name, topic = [*options.events.split("/"), "", "", ""][:3]
+    for event in events(edge=edge, plugin_name=plugin_name, topic=topic, **_arguments(options)):
+        print(json.dumps(event, ensure_ascii=False), flush=True)
+    return 0
+
+
+def _run_token(options: argparse.Namespace) -> int:
+    verb, *names = options.token
+    store = TokenStore(home_dir() / "tokens.json")
+    if verb == "list" and not names:
+        for record in store.list():
+            until = time.strftime("%Y-%m-%d %H:%M", time.localtime(record["expires"])) \
+                if record["expires"] else "never"
+            print(f"{record['name']:20} {record['scope']:8} edges {record['edges']:12} "
+                  f"expires {until}")
+    elif verb == "add" and len(names) == 1:
+        expires = time.time() + parse_lifetime(options.expires) if options.expires else None
+        print(store.add(names[0], options.scope or "client", expires=expires,
+                        edges=options.edges or "*"))
+    elif verb == "revoke" and len(names) == 1:
+        store.revoke(names[0])
+        print(f"revoked: {names[0]}; a running bridge notices within {RELOAD_S:.0f} s")
+    else:
+        raise ValueError("--token takes: add NAME, list, or revoke NAME")
+    return 0
+
+
+# -- the doctor
+
+def _run_check(options: argparse.Namespace) -> int:
+    """Try, one after the other, what an edge and a client need; return 1 when something fails."""
+    target = find_bridge(**_arguments(options))
+    steps: List[Tuple[str, Callable[[], str]]] = [
+        ("name", lambda: _check_name(target)), ("route", lambda: _check_route(target)),
+        ("TLS", lambda: _check_tls(target)), ("token", lambda: _check_token(target)),
+        ("upgrade", lambda: _check_upgrade(target))]
+    print(f"bridge   {target.url}")
+    good = True
+    for name, step in steps:
+        good = _check_step(name, step)
+        if not good:
+            break                                 # what follows would fail for the same reason
+    return 0 if _check_plugins(options) and good else 1
+
+
+def _check_step(name: str, step: Callable[[], str]) -> bool:
+    try:
+        print(f"{name:8} ok: {step()}")
+        return True
+    except (EdgeError, Refused, ProtocolError, ValueError, OSError) as error:
+        text = error.detail if isinstance(error, EdgeError) else explain(error)
+        print(f"{name:8} FAILED: {text}")
+        return False
+
+
+def _check_name(target: Target) -> str:
+    proxy = find_proxy(target.url)
+    if proxy is not None:
+        return f"left to the proxy {proxy.host}:{proxy.port} (from the environment)"
+    found = socket.getaddrinfo(target.url.host, target.url.port, type=socket.SOCK_STREAM)
+    return f"{target.url.host} is {found[0][4][0]}"
+
+
+def _check_route(target: Target) -> str:
+    proxy = find_proxy(target.url)
+    started = time.monotonic()
+    (_open_tunnel(proxy, target.url) if proxy else _open_tcp(target.url)).close()
+    way = f"through the proxy {proxy.host}:{proxy.port}" if proxy else "directly"
+    return f"connected {way} in {(time.monotonic() - started) * 1000:.0f} ms"
+
+
+def _check_tls(target: Target) -> str:
+    if not target.url.tls:
+        return "not used; fine within one machine or a tunnel"
+    with open_connection(target.url, target.cert) as sock:
+        return f"{sock.version()}, verified by {target.cert or 'the CAs of this system'}"
+
+
+def _check_token(target: Target) -> str:
+    if not target.token:
+        raise Unauthorized(f"there is none: set RADICAL_BRIDGE_TOKEN or write it to "
+                           f"{home_dir() / 'token'} (chmod 600)")
+    edges = _urlopen(target, "GET", "/edges", timeout=HANDSHAKE_S)["edges"]
+    return f"accepted; edges: {', '.join(edge['name'] for edge in edges) or 'none yet'}"
+
+
+def _check_upgrade(target: Target) -> str:
+    sock, _ = open_websocket(*target)
+    sock.close()
+    return "the bridge speaks WebSocket with us"
+
+
+def _check_plugins(options: argparse.Namespace) -> bool:
+    """Load the plugins as an edge would, and say which work here."""
+    load_builtin_plugins()
+    for path in options.plugin_file:
+        load_plugin_file(path)
+    load_entry_points()
+    import tempfile                               # here: only the doctor needs it
+    with tempfile.TemporaryDirectory() as scratch:
+        host = PluginHost("check", ROLE_EDGE, Path(scratch), notify=lambda *_: None,
+                          changed=lambda: None)
+        names = select_plugins(options.plugins.split(",") if options.plugins else None)
+        host.load(names)
+        for name in names:
+            print(f"plugin   {name}: {host.disabled.get(name, 'ok')}")
+        host.stop()
+    if not names:
+        print("plugin   none: put plugins.py beside radical_edge.py, or give --plugin-file")
+    return True
+
+
+def _run_script() -> int:
+    """Run this file as a script.
+
+    Python keeps a script's syntax tree until the script ends, 12 MB for this file, but not a
+    module's. So what is to run for long is started anew, in the same process, as a module.
+    """
+    path = Path(__file__).resolve()
+    if path.name != "radical_edge.py" or not {"--bridge", "--edge"} & set(sys.argv[1:]):
+        return main()
+    # what stood before the script's name; Python 3.9 does not know
+    python = getattr(sys, "orig_argv", [sys.executable])[:-len(sys.argv)] or [sys.executable]
+    # path[0] is the current directory here: it must not be searched
+    code = ("import sys; sys.path[0] = sys.argv.pop(1).rpartition('/')[0]; import radical_edge; "
+            "sys.exit(radical_edge.main())")
+    os.execv(sys.executable, [*python, "-c", code, str(path), *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(_run_script())
