@@ -1,0 +1,1650 @@
+"""The plugins that come with Radical Edge; radical_edge.py loads this file from beside it.
+
+    1. sysinfo    the machine: CPU, memory, disks, network, GPUs
+    2. psij       jobs: a local executor of our own, and the batch systems through psij-python
+
+Optional packages are imported where they are needed, and a plugin that lacks one says so.
+"""
+from __future__ import annotations
+
+import asyncio
+import codecs
+import contextlib
+import datetime
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
+
+from radical_edge import (Conflict, NotFound, NotInstalled, Plugin, PluginClient, PluginSession,
+                          Request, Unavailable, Unprocessable, write_private)
+
+__all__ = ["LocalExecutor", "PSIJClient", "PSIJSession", "PluginPSIJ", "PluginSysInfo",
+           "SysInfoClient", "SysInfoProvider", "SysInfoSession"]
+
+# ---------------------------------------------------------------------------
+# 1. sysinfo: what the machine is and how busy it is. Parsers turn text into values; the provider
+#    reads files and runs programs, never on a loop and never without a time limit.
+# ---------------------------------------------------------------------------
+
+log_sysinfo = logging.getLogger("radical_edge.sysinfo")
+
+COMMAND_S = 3.0                # a GPU tool may take so long
+DISKS_S = 1.0                  # all mounts together; one that hangs is reported without figures
+FRESH_S = 0.2                  # callers within so long share one answer
+CPU_WINDOW_S = 0.1             # the shortest time over which CPU use is measured
+MAX_COMMAND_OUTPUT = 1024 * 1024     # bytes
+
+SHARED_FILESYSTEMS = frozenset((
+    "nfs", "nfs4", "cifs", "smb", "smbfs", "lustre", "gpfs", "beegfs", "pvfs2", "orangefs",
+    "glusterfs", "cephfs", "ceph", "afs", "dvs", "fuse.sshfs"))
+_DISK_FILESYSTEMS = frozenset(("overlay", "zfs", "btrfs"))    # "nodev", and yet people's disks
+_ALLOCATION_VARIABLES = (("SLURM_JOB_ID", "slurm"), ("PBS_JOBID", "pbs"), ("LSB_JOBID", "lsf"),
+                         ("COBALT_JOBID", "cobalt"), ("FLUX_JOB_ID", "flux"))
+
+
+class Mount(NamedTuple):
+    """A line of /proc/mounts."""
+    device: str
+    mount: str
+    fstype: str
+    options: str
+
+
+def parse_mounts(text: str, nodev: Iterable[str] = ()) -> List[Mount]:
+    """Return the mounts of /proc/mounts that hold people's data, one for each device.
+
+    nodev: file systems without a device, of which only shared ones and the like are kept.
+    Octal escapes are decoded (fstab(5)); loop devices, squashfs and snaps are left out.
+    """
+    hidden, found = set(nodev) - SHARED_FILESYSTEMS - _DISK_FILESYSTEMS, {}
+    for line in text.splitlines():
+        fields = line.split(" ")
+        if len(fields) < 4:
+            continue
+        mount = Mount(*(re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
+                        for field in fields[:4]))
+        skipped = mount.fstype in hidden or mount.fstype == "squashfs" or \
+            mount.device.startswith("/dev/loop") or "/snap/" in mount.mount + "/"
+        if not skipped:
+            key = mount.device if mount.device.startswith("/") or ":" in mount.device \
+                else mount.mount
+            found.setdefault(key, mount)          # bind mounts come later
+    return list(found.values())
+
+
+def parse_nodev(text: str) -> List[str]:
+    """Return the file systems that /proc/filesystems lists as having no device."""
+    return [line.split("\t", 1)[1].strip() for line in text.splitlines()
+            if line.startswith("nodev\t")]
+
+
+def parse_meminfo(text: str) -> Dict[str, Any]:
+    """Return {"total", "available", "percent", "used"} of /proc/meminfo, in bytes."""
+    values = {match[1]: int(match[2]) * 1024
+              for match in re.finditer(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
+    total = values.get("MemTotal", 0)
+    free = values.get("MemFree", 0)
+    cached = values.get("Buffers", 0) + values.get("Cached", 0) + values.get("SReclaimable", 0)
+    available = min(values.get("MemAvailable", free + cached), total)     # older kernels lack it
+    used = total - available
+    percent = round(100 * used / total, 1) if total else 0.0
+    return {"total": total, "available": available, "percent": percent, "used": used}
+
+
+def parse_cpu_times(text: str) -> Tuple[int, int]:
+    """Return (busy, total) in clock ticks, from the first line of /proc/stat.
+
+    guest times are left out: user and nice contain them already (proc(5)).
+    """
+    numbers = [int(number) for number in text.split("\n", 1)[0].split()[1:9]]
+    idle = sum(numbers[3:5])                      # idle and iowait
+    return sum(numbers) - idle, sum(numbers)
+
+
+def parse_cpuinfo(text: str) -> Dict[str, Any]:
+    """Return {"model", "vendor", "cores_physical" or None} of /proc/cpuinfo."""
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    vendor = re.search(r"^(?:vendor_id|CPU implementer)\s*:\s*(.+)$", text, re.MULTILINE)
+    cores = set()
+    for block in text.split("\n\n"):
+        ids = dict(re.findall(r"^(physical id|core id)\s*:\s*(\d+)$", block, re.MULTILINE))
+        if "core id" in ids:
+            cores.add((ids.get("physical id", "0"), ids["core id"]))
+    return {"model": model[1].strip() if model else "", "vendor": vendor[1].strip() if vendor else
+            "", "cores_physical": len(cores) or None}
+
+
+def parse_net_dev(text: str) -> Dict[str, Tuple[int, int]]:
+    """Return {interface: (bytes received, bytes sent)} of /proc/net/dev."""
+    found = {}
+    for line in text.splitlines()[2:]:
+        name, _, numbers = line.partition(":")
+        values = numbers.split()
+        if len(values) >= 9:
+            found[name.strip()] = (int(values[0]), int(values[8]))
+    return found
+
+
+def _number(text: str) -> Optional[float]:
+    """Return a figure of nvidia-smi, None for "[N/A]", "[Not Supported]" and the like."""
+    try:
+        value = float(text.strip().split()[0])
+    except (ValueError, IndexError):
+        return None
+    return value if value == value and abs(value) != float("inf") else None
+
+
+def _rows(text: str, columns: int) -> List[List[str]]:
+    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()]
+    return [row for row in rows if len(row) == columns and row[0].isdigit()]
+
+
+def parse_nvidia_static(text: str) -> List[Dict[str, Any]]:
+    """Return the GPUs of `nvidia-smi --query-gpu=index,name,driver_version,uuid` (CSV)."""
+    return [{"id": f"nvidia-{index}", "index": int(index), "name": name, "driver_version": driver,
+             "uuid": gpu, "vendor": "NVIDIA"} for index, name, driver, gpu in _rows(text, 4)]
+
+
+def parse_nvidia_use(text: str) -> Dict[int, Dict[str, Any]]:
+    """Return {index: use} of `nvidia-smi --query-gpu=index,utilization.gpu,utilization.memory,
+    memory.total,memory.used,memory.free` (CSV): util_* in percent, mem_* in MiB, or None."""
+    names = ("util_gpu", "util_mem", "mem_total", "mem_used", "mem_free")
+    return {int(row[0]): dict(zip(names, map(_number, row[1:]))) for row in _rows(text, 6)}
+
+
+def parse_rocm_static(text: str) -> List[Dict[str, Any]]:
+    """Return the GPUs of `rocm-smi --showproductname --showdriverversion --showuniqueid --json`."""
+    cards = _json_object(text)
+    driver = cards.get("system", {}).get("Driver version", "")
+    gpus = []
+    for name, card in sorted(cards.items()):
+        if re.fullmatch(r"card\d+", name) and isinstance(card, dict):
+            index = int(name[4:])
+            product = next((card[key] for key in ("Card series", "Card Series", "Card model",
+                                                  "Card Model") if key in card), "AMD GPU")
+            gpus.append({"id": f"amd-{index}", "index": index, "name": product,
+                         "driver_version": card.get("Driver version", driver),
+                         "uuid": card.get("Unique ID", ""), "vendor": "AMD"})
+    return gpus
+
+
+def parse_rocm_use(text: str) -> Dict[int, Dict[str, Any]]:
+    """Return {index: use} of `rocm-smi --showuse --showmeminfo vram --json`; as for NVIDIA."""
+    found = {}
+    for name, card in _json_object(text).items():
+        if re.fullmatch(r"card\d+", name) and isinstance(card, dict):
+            total, used = (_mebibytes(card.get(key)) for key in
+                           ("VRAM Total Memory (B)", "VRAM Total Used Memory (B)"))
+            free = None if total is None or used is None else total - used
+            found[int(name[4:])] = {"util_gpu": _number(str(card.get("GPU use (%)", ""))),
+                                    "util_mem": 0.0, "mem_total": total, "mem_used": used,
+                                    "mem_free": free}
+    return found
+
+
+def _json_object(text: str) -> Dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _mebibytes(value: Any) -> Optional[float]:
+    number = _number(str(value))
+    return None if number is None else number / 1048576
+
+
+def _read(path: str, limit: int = MAX_COMMAND_OUTPUT) -> str:
+    """Return a file's text, "" when it cannot be read: containers hide much of /proc and /sys."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(limit)
+    except OSError:
+        return ""
+
+
+def run_command(command: List[str], timeout: float = COMMAND_S) -> Optional[str]:
+    """Return what a program prints; None when it is not there, fails or takes too long. Blocks."""
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                   stderr=subprocess.DEVNULL, start_new_session=True)
+    except OSError:
+        return None
+    killer = threading.Timer(timeout, _kill_group, (process.pid,))
+    killer.start()
+    with process:
+        output = process.stdout.read(MAX_COMMAND_OUTPUT)
+        if len(output) == MAX_COMMAND_OUTPUT:
+            _kill_group(process.pid)
+        process.wait()
+        killer.cancel()
+    return output.decode(errors="replace") if process.returncode == 0 else None
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(OSError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+class _Shared:
+    """Runs a slow function once for all who ask meanwhile, and keeps the answer for `fresh` s.
+
+    Who waits longer than `patience` seconds gets the last answer, or `default` before there is one.
+    """
+
+    def __init__(self, function: Callable[[], Any], fresh: float, patience: float,
+                 default: Any) -> None:
+        self._function, self._fresh, self._patience = function, fresh, patience
+        self._lock = threading.Lock()
+        self._value = default                     # guarded by _lock
+        self._until = 0.0                         # monotonic; guarded by _lock
+        self._running: Optional[threading.Event] = None          # guarded by _lock
+
+    def get(self) -> Any:
+        """Return the answer, at most `patience` seconds from now. Blocks."""
+        with self._lock:
+            if time.monotonic() < self._until:
+                return self._value
+            done = self._running
+            if done is None:
+                done = self._running = threading.Event()
+                threading.Thread(target=self._run, args=(done,), name="sysinfo-collect",
+                                 daemon=True).start()
+        done.wait(self._patience)
+        with self._lock:
+            return self._value
+
+    def _run(self, done: threading.Event) -> None:
+        try:
+            value = self._function()
+            with self._lock:
+                self._value = value
+        except Exception:                         # the last answer stays; the next call tries again
+            log_sysinfo.exception("metrics could not be collected")
+        finally:
+            with self._lock:
+                self._until = time.monotonic() + self._fresh
+                self._running = None
+            done.set()
+
+
+class _Disks:
+    """Sizes of mounts. A mount that hangs is not asked again before its last call returned."""
+
+    def __init__(self, statvfs: Callable[[str], Any] = os.statvfs) -> None:
+        self._statvfs = statvfs
+        self._lock = threading.Lock()
+        self._asking: Dict[str, threading.Thread] = {}           # guarded by _lock
+        self._sizes: Dict[str, Tuple[int, int, float]] = {}      # guarded by _lock
+
+    def measure(self, mounts: List[Mount]) -> List[Dict[str, Any]]:
+        """Return {"mount", "device", "fstype", "type", "total", "used", "percent"} of each.
+
+        The sizes are None for a mount that did not answer within DISKS_S.
+        """
+        deadline = time.monotonic() + DISKS_S
+        threads = [self._ask(mount.mount) for mount in mounts]
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        with self._lock:
+            sizes = {mount.mount: self._sizes.get(mount.mount) for mount in mounts
+                     if mount.mount not in self._asking}
+        return [self._describe(mount, sizes.get(mount.mount)) for mount in mounts]
+
+    def _ask(self, path: str) -> threading.Thread:
+        with self._lock:
+            thread = self._asking.get(path)
+            if thread is None:
+                thread = threading.Thread(target=self._run, args=(path,), daemon=True,
+                                          name="sysinfo-statvfs")
+                self._asking[path] = thread
+                thread.start()
+            return thread
+
+    def _run(self, path: str) -> None:
+        sizes = None
+        with contextlib.suppress(OSError):
+            status = self._statvfs(path)
+            total = status.f_blocks * status.f_frsize
+            used = total - status.f_bfree * status.f_frsize
+            usable = used + status.f_bavail * status.f_frsize    # root's reserve is nobody's
+            sizes = (total, used, round(100 * used / usable, 1) if usable else 0.0)
+        with self._lock:
+            if sizes is not None:
+                self._sizes[path] = sizes
+            del self._asking[path]
+
+    @staticmethod
+    def _describe(mount: Mount, sizes: Optional[Tuple[int, int, float]]) -> Dict[str, Any]:
+        total, used, percent = sizes or (None, None, None)
+        return {"mount": mount.mount, "device": mount.device, "fstype": mount.fstype,
+                "type": classify_disk(mount.device, mount.fstype), "total": total, "used": used,
+                "percent": percent}
+
+
+def classify_disk(device: str, fstype: str) -> str:
+    """Return "shared", "local ssd", "local hdd", "local unknown" or "unknown"."""
+    if fstype in SHARED_FILESYSTEMS:
+        return "shared"
+    if not device.startswith("/dev/"):
+        return "unknown"
+    name = os.path.basename(os.path.realpath(device))
+    queue = "queue/rotational"                    # of the whole disk; a partition's is one above
+    for path in (f"/sys/class/block/{name}/{queue}", f"/sys/class/block/{name}/../{queue}"):
+        rotational = _read(path).strip()
+        if rotational:
+            return "local hdd" if rotational == "1" else "local ssd"
+    return "local unknown"
+
+
+def _ipv4_address(interface: str) -> Optional[str]:
+    """Return an interface's IPv4 address, None without one (netdevice(7), SIOCGIFADDR)."""
+    try:
+        import fcntl                              # not on every platform
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            request = struct.pack("256s", interface.encode()[:15])
+            return socket.inet_ntoa(fcntl.ioctl(sock.fileno(), 0x8915, request)[20:24])
+    except (ImportError, OSError):
+        return None
+
+
+def _psutil() -> Any:
+    """Return psutil, None where it is not installed."""
+    try:
+        import psutil
+        return psutil
+    except ImportError:
+        return None
+
+
+class SysInfoProvider:
+    """Collects what get_metrics() returns, from /proc and /sys, and from psutil where it is."""
+
+    def __init__(self, *, use_psutil: bool = True) -> None:
+        self._psutil = _psutil() if use_psutil else None
+        self._disks = _Disks()
+        self._cpu_lock = threading.Lock()
+        self._cpu_times = (0, 0)                  # busy, total at the last sample; _cpu_lock
+        self._cpu_sampled = 0.0                   # monotonic; guarded by _cpu_lock
+        self._cpu_percent = 0.0                   # guarded by _cpu_lock
+        self._static = _Shared(self._detect, float("inf"), 2 * COMMAND_S, {"cpu": {}, "gpus": []})
+        self._gpu_use = _Shared(self._collect_gpu_use, 1.0, COMMAND_S, {})
+        self._metrics = _Shared(self._collect, FRESH_S, 4 * COMMAND_S, None)
+
+    def start_prefetch(self) -> None:
+        """Detect the hardware in the background, so that the first answer is fast."""
+        threading.Thread(target=self._static.get, name="sysinfo-prefetch", daemon=True).start()
+        self._sample_cpu()
+
+    def get_metrics(self) -> Dict[str, Any]:
+        """Return {"system", "cpu", "memory", "disks", "network", "gpus"}. Blocks, within bounds.
+
+        bytes for memory, disks and network; MiB for GPU memory; seconds for uptime; percent from 0
+        to 100; MHz for freq_mhz; None for what is not known. Raises Unavailable when the machine
+        does not answer.
+        """
+        metrics = self._metrics.get()
+        if metrics is None:
+            raise Unavailable("the machine's figures are not there yet: try again")
+        return metrics
+
+    def _collect(self) -> Dict[str, Any]:
+        static = self._static.get()
+        return {"system": self._collect_system(), "cpu": {**static["cpu"], **self._collect_cpu()},
+                "memory": self._collect_memory(), "disks": self._disks.measure(self._list_mounts()),
+                "network": self._collect_network(), "gpus": self._collect_gpus(static["gpus"])}
+
+    # -- once
+
+    def _detect(self) -> Dict[str, Any]:
+        cpu = parse_cpuinfo(_read("/proc/cpuinfo"))
+        machine = os.uname().machine
+        logical = os.cpu_count() or 1
+        physical = cpu["cores_physical"]
+        if self._psutil is not None:
+            physical = self._psutil.cpu_count(logical=False) or physical
+        return {"cpu": {"model": cpu["model"] or machine, "vendor": cpu["vendor"],
+                        "cores_physical": physical or logical, "cores_logical": logical},
+                "gpus": self._detect_gpus()}
+
+    def _detect_gpus(self) -> List[Dict[str, Any]]:
+        nvidia = self._nvidia("index,name,driver_version,uuid")
+        rocm = self._rocm("--showproductname", "--showdriverversion", "--showuniqueid")
+        return [*parse_nvidia_static(nvidia or ""), *parse_rocm_static(rocm or ""),
+                *self._detect_intel()]
+
+    @staticmethod
+    def _detect_intel() -> List[Dict[str, Any]]:
+        found = []
+        for path in sorted(Path("/sys/class/drm").glob("card[0-9]")):
+            if _read(f"{path}/device/vendor").strip() == "0x8086":
+                index = int(path.name[4:])
+                found.append({"id": f"intel-{index}", "index": index, "name": "Intel GPU",
+                              "driver_version": "", "uuid": "", "vendor": "Intel"})
+        return found
+
+    # -- each time
+
+    @staticmethod
+    def _collect_system() -> Dict[str, Any]:
+        name = os.uname()
+        uptime = _read("/proc/uptime").split()
+        seconds = float(uptime[0]) if uptime else time.clock_gettime(time.CLOCK_MONOTONIC)
+        return {"hostname": socket.gethostname(), "uptime": seconds,
+                "kernel": f"{name.sysname} {name.release}", "arch": name.machine}
+
+    def _collect_cpu(self) -> Dict[str, Any]:
+        try:
+            load = list(os.getloadavg())
+        except OSError:
+            load = [0.0, 0.0, 0.0]
+        return {"percent": self._sample_cpu(), "load_avg": load, "freq_mhz": self._frequency()}
+
+    def _sample_cpu(self) -> float:
+        """Return the CPU use in percent since the last sample; callers close together share it."""
+        with self._cpu_lock:
+            now = time.monotonic()
+            if now - self._cpu_sampled < CPU_WINDOW_S:
+                return self._cpu_percent
+            text = _read("/proc/stat")
+            if text.startswith("cpu "):
+                busy, total = parse_cpu_times(text)
+                elapsed = total - self._cpu_times[1]
+                if elapsed > 0:                   # the first time: since the machine was started
+                    use = 100 * (busy - self._cpu_times[0]) / elapsed
+                    self._cpu_percent = round(min(100.0, max(0.0, use)), 1)
+                self._cpu_times = busy, total
+            self._cpu_sampled = now
+            return self._cpu_percent
+
+    def _frequency(self) -> Optional[float]:
+        if self._psutil is not None and hasattr(self._psutil, "cpu_freq"):
+            with contextlib.suppress(Exception):  # psutil fails in some containers
+                return float(self._psutil.cpu_freq().current)
+        found = [float(value) for value in re.findall(r"^cpu MHz\s*:\s*([\d.]+)$",
+                                                      _read("/proc/cpuinfo"), re.MULTILINE)]
+        return sum(found) / len(found) if found else None
+
+    def _collect_memory(self) -> Dict[str, Any]:
+        if self._psutil is None:
+            return parse_meminfo(_read("/proc/meminfo"))
+        memory = self._psutil.virtual_memory()
+        used = memory.total - memory.available    # psutil's own differs from version to version
+        percent = round(100 * used / memory.total, 1) if memory.total else 0.0
+        return {"total": memory.total, "available": memory.available, "percent": percent,
+                "used": used}
+
+    def _list_mounts(self) -> List[Mount]:
+        text = _read("/proc/self/mounts")
+        if text or self._psutil is None:
+            return parse_mounts(text, parse_nodev(_read("/proc/filesystems")))
+        return [Mount(part.device, part.mountpoint, part.fstype, part.opts)
+                for part in self._psutil.disk_partitions(all=False)]
+
+    def _collect_network(self) -> List[Dict[str, Any]]:
+        found = []
+        for name, (received, sent) in self._count_traffic().items():
+            ip = _ipv4_address(name)
+            if name == "lo" or ip is None or _read(f"/sys/class/net/{name}/operstate") == "down\n":
+                continue
+            speed = _read(f"/sys/class/net/{name}/speed").strip()
+            found.append({"interface": name, "ip": ip,
+                          "mac": _read(f"/sys/class/net/{name}/address").strip(),
+                          "rx_bytes": received, "tx_bytes": sent,
+                          "speed_mbps": int(speed) if speed.isdigit() else None})
+        return found
+
+    def _count_traffic(self) -> Dict[str, Tuple[int, int]]:
+        if self._psutil is None:
+            return parse_net_dev(_read("/proc/net/dev"))
+        return {name: (count.bytes_recv, count.bytes_sent)
+                for name, count in self._psutil.net_io_counters(pernic=True).items()}
+
+    def _collect_gpus(self, static: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+        nothing = dict.fromkeys(("util_gpu", "util_mem", "mem_total", "mem_used", "mem_free"))
+        if not any(gpu["vendor"] in ("NVIDIA", "AMD") for gpu in static):
+            return [{**gpu, **nothing} for gpu in static]
+        use = self._gpu_use.get()
+        return [{**gpu, **nothing, **use.get((gpu["vendor"], gpu["index"]), {})} for gpu in static]
+
+    def _collect_gpu_use(self) -> Dict[Tuple[str, int], Dict[str, Any]]:
+        found = {}
+        vendors = {gpu["vendor"] for gpu in self._static.get()["gpus"]}
+        if "NVIDIA" in vendors:
+            text = self._nvidia("index,utilization.gpu,utilization.memory,memory.total,memory.used,"
+                                "memory.free")
+            found.update({("NVIDIA", index): use
+                          for index, use in parse_nvidia_use(text or "").items()})
+        if "AMD" in vendors:
+            text = self._rocm("--showuse", "--showmeminfo", "vram")
+            found.update({("AMD", index): use for index, use in parse_rocm_use(text or "").items()})
+        return found
+
+    @staticmethod
+    def _nvidia(query: str) -> Optional[str]:
+        program = os.environ.get("NVIDIA_SMI_PATH") or shutil.which("nvidia-smi")
+        if not program:
+            return None
+        return run_command([program, f"--query-gpu={query}", "--format=csv,noheader,nounits"])
+
+    @staticmethod
+    def _rocm(*options: str) -> Optional[str]:
+        program = shutil.which("rocm-smi")
+        return run_command([program, *options, "--json"]) if program else None
+
+
+class SysInfoSession(PluginSession):
+    """A session that asks the provider, which all sessions of an edge share."""
+
+    def __init__(self, sid: str, provider: SysInfoProvider) -> None:
+        super().__init__(sid)
+        self._provider = provider
+
+    async def get_metrics(self) -> Dict[str, Any]:
+        """Return what SysInfoProvider.get_metrics() does."""
+        self._check_active()
+        return await asyncio.to_thread(self._provider.get_metrics)
+
+
+class SysInfoClient(PluginClient):
+    """A program's access to an edge's figures."""
+
+    def homedir(self) -> str:
+        """Return the home directory of the user as whom the edge runs. Needs no session."""
+        return self._get("homedir")["homedir"]
+
+    def host_role(self) -> Dict[str, Any]:
+        """Return {"role": "bridge" | "login" | "compute", "scheduler", "job_id"}."""
+        return self._get("host_role")
+
+    def get_metrics(self) -> Dict[str, Any]:
+        """Return what SysInfoProvider.get_metrics() does, on the edge."""
+        return self._get(f"metrics/{self._require_session()}")
+
+
+class PluginSysInfo(Plugin):
+    """Tells what machine the edge runs on and how busy it is."""
+
+    plugin_name = "sysinfo"
+    session_class = SysInfoSession
+    client_class = SysInfoClient
+    version = "0.0.1"
+    ui_config = {
+        "icon": "🖥️", "title": "System Info",
+        "description": "Live CPU, memory, disk, network and GPU metrics.",
+        "refresh_button": True,
+        "monitors": [{"id": "metrics", "title": "System Metrics", "type": "metrics",
+                      "css_class": "sysinfo-content", "auto_load": "metrics/{sid}"}]}
+
+    def __init__(self, app: Any, instance_name: Optional[str] = None) -> None:
+        super().__init__(app, instance_name)
+        self._provider = SysInfoProvider()
+        self.add_route_get("homedir", self.homedir_endpoint)
+        self.add_route_get("host_role", self.host_role_endpoint)
+        self.add_route_get("metrics/{sid}", self.get_metrics_endpoint)
+
+    async def start(self) -> None:
+        self._provider.start_prefetch()
+
+    def _create_session(self, sid: str) -> PluginSession:
+        return SysInfoSession(sid, self._provider)
+
+    async def homedir_endpoint(self, request: Request) -> Any:
+        """Answer {"homedir"}."""
+        return {"homedir": os.path.expanduser("~")}
+
+    async def host_role_endpoint(self, request: Request) -> Any:
+        """Answer {"role", "scheduler", "job_id"}; the latter are null outside an allocation."""
+        if self._app.state.role == "bridge":
+            return {"role": "bridge", "scheduler": None, "job_id": None}
+        for variable, scheduler in _ALLOCATION_VARIABLES:
+            if os.environ.get(variable):
+                return {"role": "compute", "scheduler": scheduler, "job_id": os.environ[variable]}
+        return {"role": "login", "scheduler": None, "job_id": None}
+
+    async def get_metrics_endpoint(self, request: Request) -> Any:
+        """Answer the machine's figures."""
+        return await self._forward(request.path_params["sid"], SysInfoSession.get_metrics)
+
+
+# ---------------------------------------------------------------------------
+# 2. psij: jobs. First what a job is, then the local executor and its supervisors, then the batch
+#    systems through psij-python, then session, client and plugin.
+# ---------------------------------------------------------------------------
+
+log_psij = logging.getLogger("radical_edge.psij")
+
+START_S = 5.0                  # a job that takes longer to start is QUEUED when submit answers
+GRACE_S = 5.0                  # between SIGTERM and SIGKILL
+POLL_S = 0.25                  # jobs of an earlier edge process are looked at so often
+QUEUE_POLL_S = 5               # batch queues, by psij-python; its own default is 30
+MAX_TAIL = 4096                # bytes of output in a notification
+MAX_READ = 1024 * 1024         # bytes of output in one answer
+KEEP_JOBS_S = 7 * 86400        # finished jobs whose session is gone are kept so long
+
+FINAL_STATES = frozenset(("COMPLETED", "FAILED", "CANCELED"))
+_SECRET_VARIABLES = ("RADICAL_BRIDGE_TOKEN", "RADICAL_BRIDGE_KEY")       # the edge's, not the job's
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and "\0" not in value
+
+
+_KINDS: Dict[str, Tuple[str, Callable[[Any], bool]]] = {
+    "text": ("a string", _is_text),
+    "texts": ("a list of strings",
+              lambda value: isinstance(value, list) and all(map(_is_text, value))),
+    "flag": ("true or false", lambda value: isinstance(value, bool)),
+    "count": ("a whole number of 1 or more", _is_count),
+    "seconds": ("a number of seconds above 0", lambda value: _is_number(value) and value > 0),
+    "environment": ("an object of strings and numbers", lambda value: isinstance(value, dict) and
+                    all(_is_text(key) and key and "=" not in key and
+                        (_is_text(item) or _is_number(item)) for key, item in value.items())),
+    "object": ("an object", lambda value: isinstance(value, dict)),
+}
+_SPEC_FIELDS = {
+    "executable": "text", "arguments": "texts", "directory": "text", "name": "text",
+    "inherit_environment": "flag", "environment": "environment", "stdin_path": "text",
+    "stdout_path": "text", "stderr_path": "text", "resources": "object", "attributes": "object",
+    "custom_attributes": "object", "pre_launch": "text", "post_launch": "text", "launcher": "text"}
+_RESOURCE_FIELDS = {
+    "node_count": "count", "process_count": "count", "processes_per_node": "count",
+    "cpu_cores_per_process": "count", "gpu_cores_per_process": "count",
+    "exclusive_node_use": "flag", "memory": "count"}
+_ATTRIBUTE_FIELDS = {
+    "duration": "seconds", "queue_name": "text", "account": "text", "project_name": "text",
+    "reservation_id": "text", "node_count": "count", "custom_attributes": "object"}
+
+
+def parse_job_spec(value: Any) -> Dict[str, Any]:
+    """Return a job description, checked and with nothing but what the caller set.
+
+    Raises Unprocessable, which names the field. Empty strings and nulls, as forms send them, count
+    as not set. attributes.node_count and the top-level custom_attributes, which older clients send,
+    are moved to where they belong.
+    """
+    spec = _check_fields(value, _SPEC_FIELDS, "job_spec", "")
+    if not spec.get("executable"):
+        raise Unprocessable("executable: name the program to run")
+    spec["resources"] = _check_fields(spec.get("resources", {}), _RESOURCE_FIELDS, "resources",
+                                      "resources.")
+    spec["attributes"] = attributes = _check_fields(spec.get("attributes", {}), _ATTRIBUTE_FIELDS,
+                                                    "attributes", "attributes.")
+    nodes = attributes.pop("node_count", None)
+    if nodes is not None and spec["resources"].setdefault("node_count", nodes) != nodes:
+        raise Unprocessable("attributes.node_count: differs from resources.node_count")
+    custom = {**attributes.pop("custom_attributes", {}), **spec.pop("custom_attributes", {})}
+    if custom:
+        attributes["custom_attributes"] = custom
+    return spec
+
+
+def _check_fields(value: Any, fields: Dict[str, str], whole: str, prefix: str) -> Dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Unprocessable(f"{whole}: must be an object")
+    for name, item in value.items():
+        if name not in fields:
+            raise Unprocessable(f"{prefix}{name}: there is no such field; there are: "
+                                f"{', '.join(sorted(fields))}")
+        kind, check = _KINDS[fields[name]]
+        if item not in (None, "") and not check(item):
+            raise Unprocessable(f"{prefix}{name}: must be {kind}")
+    return {name: item for name, item in value.items() if item not in (None, "", {}, [])
+            or name == "arguments" and item == []}
+
+
+class Job:
+    """A job and what is known of it. The plugin's loop owns it."""
+
+    def __init__(self, job_id: str, sid: str, executor: str, spec: Dict[str, Any],
+                 folder: Path) -> None:
+        self.job_id, self.sid, self.executor, self.spec = job_id, sid, executor, spec
+        self.folder = folder                      # where all that is kept of it lies
+        self.stdout, self.stderr = folder / "stdout", folder / "stderr"
+        self.native_id: Optional[str] = None
+        self.state = "NEW"
+        self.message: Optional[str] = None
+        self.exit_code: Optional[int] = None
+        self.time = time.time()                   # of the last change, seconds since the epoch
+        self.on_change: Callable[["Job"], None] = lambda job: None
+        self.begun = asyncio.Event()              # set once it runs, or could not
+        self.ended = asyncio.Event()
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the state will not change any more."""
+        return self.state in FINAL_STATES
+
+    def update(self, state: str, *, message: Optional[str] = None, exit_code: Optional[int] = None,
+               when: Optional[float] = None) -> bool:
+        """Take a new state, unless there is a final one already; return whether it was taken."""
+        if self.is_final or state == self.state:
+            return False
+        self.state, self.message, self.exit_code = state, message, exit_code
+        self.time = when or time.time()
+        if state not in ("NEW", "QUEUED"):
+            self.begun.set()
+        if self.is_final:
+            self.ended.set()
+        self.on_change(self)
+        return True
+
+    def describe(self) -> Dict[str, Any]:
+        """Return what list_jobs says of the job."""
+        attributes, resources = self.spec["attributes"], self.spec["resources"]
+        return {"job_id": self.job_id, "native_id": self.native_id, "state": self.state,
+                "exit_code": self.exit_code, "executable": self.spec["executable"],
+                "arguments": self.spec.get("arguments", []), "executor": self.executor,
+                "queue_name": attributes.get("queue_name"), "account": attributes.get("account"),
+                "node_count": resources.get("node_count"), "name": self.spec.get("name"),
+                "message": self.message, "time": self.time}
+
+    def describe_whole(self) -> Dict[str, Any]:
+        """Return what status says of the job, without its output."""
+        return {**self.describe(), "directory": self.spec.get("directory"),
+                "duration": self.spec["attributes"].get("duration"), "finished": self.is_final}
+
+
+def read_output(path: Path, offset: int, *, complete: bool,
+                limit: int = MAX_READ) -> Tuple[str, int, bool]:
+    """Return (text, next offset in bytes, whether that was all) of a job's output. Blocks.
+
+    Reading on from the returned offset gives every byte once. A UTF-8 character that is not all
+    there yet is left for the next time; at the end of a complete output it becomes U+FFFD, as other
+    wrong bytes do. An offset beyond the end gives "" and the offset back.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read(limit)
+    except FileNotFoundError:
+        return "", offset, complete
+    at_end = complete and len(data) < limit
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    text = decoder.decode(data, final=at_end)
+    return text, offset + len(data) - len(decoder.getstate()[0]), at_end
+
+
+def read_tail(path: Path, limit: int = MAX_TAIL) -> str:
+    """Return the last `limit` bytes of a file, from the begin of a character on. Blocks."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - limit))
+            data = file.read(limit)
+    except OSError:
+        return ""
+    if size > limit:
+        data = data.lstrip(bytes(range(0x80, 0xC0)))    # continuation bytes: half a character
+    return data.decode(errors="replace")
+
+
+# -- the local executor
+
+# The program that runs one job, as `python -I -S supervise.py DIRECTORY`. It outlives the edge:
+# it has a session of its own, and keeps nothing of the edge open but its end of a pipe. It needs
+# little more memory than a shell, and unlike a shell it knows its job's group, times and signals.
+_SUPERVISOR = r'''
+import json, os, select, signal, sys, time
+
+os.chdir(sys.argv[1])
+PROC = "/proc/%d/stat"
+
+def started(pid):
+    """When a process was started, in clock ticks; 0 where that cannot be known."""
+    try:
+        with open(PROC % pid) as file:
+            return int(file.read().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+def write(path, value):
+    text = json.dumps(value)
+    with open(path + ".new", "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(path + ".new", path)
+    return text
+
+def report(**status):
+    status["time"] = time.time()
+    text = write("status.json", status)
+    try:
+        os.write(1, text.encode() + b"\n")        # to the edge, if it still lives
+    except OSError:
+        pass
+
+def signal_group(number):
+    try:
+        os.killpg(child, number)
+        return True
+    except OSError:
+        return False                              # nobody is left
+
+def open_output(path, flags):
+    return os.open(path, flags, 0o600)
+
+def run_job():
+    """In the child: become the job. Returns an error's number and text when that fails."""
+    try:
+        os.setsid()
+        for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        what = job["directory"]
+        os.chdir(what)
+        what = job["stdin"]
+        os.dup2(os.open(what, os.O_RDONLY), 0)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+        what = job["stdout"]
+        os.dup2(os.open(what, flags, 0o600), 1)
+        if job["stderr"] == job["stdout"]:
+            os.dup2(1, 2)
+        else:
+            what = job["stderr"]
+            os.dup2(os.open(what, flags, 0o600), 2)
+        what = job["command"][0]
+        os.execvpe(what, job["command"], job["environment"])
+    except OSError as error:
+        return error.errno, "%s: %s" % (what, error.strerror)
+    except ValueError as error:
+        return 22, "%s: %s" % (what, error)
+
+# only one process runs the job, whatever becomes of the edge meanwhile
+claim = os.open("claim", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+os.write(claim, json.dumps([os.getpid(), started(os.getpid())]).encode())
+os.fsync(claim)
+with open("job.json") as file:
+    job = json.load(file)["run"]
+
+asked = []
+woken, wake = os.pipe()
+os.set_blocking(wake, False)
+os.set_blocking(woken, False)
+signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+signal.signal(signal.SIGTERM, lambda *_: asked.append("canceled"))
+signal.signal(signal.SIGCHLD, lambda *_: None)
+failed_r, failed_w = os.pipe()                    # closed by a successful exec
+child = os.fork()
+if child == 0:
+    number, text = run_job()
+    os.write(failed_w, json.dumps([number, text]).encode())
+    os._exit(127)
+os.close(failed_w)
+with open(failed_r, "rb") as file:
+    failure = file.read()
+if failure:
+    os.waitpid(child, 0)
+    number, text = json.loads(failure.decode())
+    report(state="FAILED", exit_code=126 if number == 13 else 127, message=text)
+    sys.exit()
+
+report(state="ACTIVE", pid=child, started=started(child))
+begun = time.monotonic()
+reason = message = killed = None
+exit_code = None
+while exit_code is None:
+    pid, status = os.waitpid(child, os.WNOHANG)
+    if pid:
+        exit_code = os.waitstatus_to_exitcode(status) if hasattr(os, "waitstatus_to_exitcode") \
+            else os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+        break
+    now = time.monotonic()
+    if reason is None and asked:
+        reason, killed = "CANCELED", now + job["grace"]
+        signal_group(signal.SIGTERM)
+    elif reason is None and job["duration"] and now - begun >= job["duration"]:
+        reason, killed = "FAILED", now + job["grace"]
+        message = "the walltime of %g s was over" % job["duration"]
+        signal_group(signal.SIGTERM)
+    elif killed is not None and now >= killed:
+        signal_group(signal.SIGKILL)
+        killed = now + 1
+    due = [time_at - now for time_at in
+           (killed, begun + job["duration"] if job["duration"] and reason is None else None)
+           if time_at is not None]
+    select.select([woken], [], [], max(0, min(due)) if due else None)
+    try:
+        os.read(woken, 4096)
+    except OSError:
+        pass
+
+# what the job left running ends with it, as in a batch system; first politely
+if signal_group(signal.SIGTERM):
+    end = time.monotonic() + job["grace"]
+    while signal_group(0) and time.monotonic() < end:
+        time.sleep(0.02)
+    signal_group(signal.SIGKILL)
+code = 128 - exit_code if exit_code < 0 else exit_code
+if reason is None:
+    reason = "COMPLETED" if code == 0 else "FAILED"
+    if exit_code < 0:
+        message = "killed by signal %d" % -exit_code
+report(state=reason, exit_code=None if reason == "CANCELED" else code, message=message)
+'''
+
+
+def process_started(pid: int) -> int:
+    """Return when a process was started, in clock ticks; 0 where that cannot be known."""
+    try:
+        return int(_read(f"/proc/{pid}/stat", 4096).rpartition(")")[2].split()[19])
+    except (ValueError, IndexError):
+        return 0
+
+
+def is_same_process(pid: Optional[int], started: Optional[int]) -> bool:
+    """Whether the process lives and is the one that was started then: numbers are used again."""
+    if not pid:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return False                              # somebody else's: the number was used again
+    state = _read(f"/proc/{pid}/stat", 4096).rpartition(")")[2].split()[:1]
+    return process_started(pid) == (started or 0) and state != ["Z"]
+
+
+class LocalExecutor:
+    """Runs jobs on this machine, each under a supervisor that outlives the edge.
+
+    folder/<job_id>/ holds job.json (what to run, written first), claim (the supervisor's pid),
+    status.json (its last word) and the output. All methods run on one loop.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._program = folder.parent / "supervise.py"
+        self._loop = asyncio.get_running_loop()
+        self.jobs: Dict[str, Job] = {}            # by job_id, of all sessions
+        self._tasks: Dict[str, "asyncio.Task[None]"] = {}        # that follow a job, by job_id
+        # by the file descriptor of the pipe on which a supervisor reports
+        self._pipes: Dict[int, Tuple[Job, "subprocess.Popen[bytes]"]] = {}
+
+    async def open(self) -> None:
+        """Find the jobs of earlier processes."""
+        for job, status in await asyncio.to_thread(self._load):
+            self.jobs[job.job_id] = job
+            self._apply(job, status)
+            if not job.is_final:
+                self._tasks[job.job_id] = asyncio.ensure_future(self._watch(job))
+
+    def close(self) -> None:
+        """Stop watching; the jobs go on."""
+        for task in self._tasks.values():
+            task.cancel()
+        for descriptor in list(self._pipes):
+            self._drop_pipe(descriptor)
+
+    async def submit(self, job: Job) -> None:
+        """Start a job; return when it runs, or START_S later if that takes longer.
+
+        Raises Unprocessable for what a local job cannot have, by name.
+        """
+        await asyncio.to_thread(self._prepare, job)
+        try:
+            descriptor, supervisor = await asyncio.to_thread(self._launch, job)
+        except OSError as error:
+            raise Unavailable(f"the job could not be started: {error}") from None
+        self.jobs[job.job_id] = job
+        job.update("QUEUED")
+        self._pipes[descriptor] = job, supervisor
+        self._loop.add_reader(descriptor, self._on_report, descriptor, bytearray())
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(job.begun.wait(), START_S)
+
+    async def cancel(self, job: Job) -> None:
+        """End a job's processes; return when it has ended. The supervisor decides the race."""
+        pid, started = await asyncio.to_thread(_read_claim, job.folder)
+        if is_same_process(pid, started):
+            os.kill(pid, signal.SIGTERM)
+        else:
+            await self._cancel_orphan(job)
+        try:
+            await asyncio.wait_for(job.ended.wait(), 2 * GRACE_S + 5)
+        except asyncio.TimeoutError:
+            raise Unavailable("the job was told to end and has not yet: look again") from None
+
+    async def forget(self, job: Job) -> None:
+        """Delete a finished job's directory."""
+        if job.is_final and self.jobs.pop(job.job_id, None) is not None:
+            await asyncio.to_thread(shutil.rmtree, job.folder, True)
+
+    # -- inside
+
+    def _prepare(self, job: Job) -> None:
+        """Write down what is to run, before it runs. Blocks."""
+        run = make_local_run(job.spec, job.stdout, job.stderr)
+        job.stdout, job.stderr = Path(run["stdout"]), Path(run["stderr"])
+        job.folder.mkdir(parents=True, mode=0o700)
+        write_private(job.folder / "job.json", json.dumps(
+            {"job_id": job.job_id, "sid": job.sid, "spec": job.spec, "submitted": job.time,
+             "run": run}))
+        if not self._program.exists():
+            write_private(self._program, _SUPERVISOR)
+
+    def _launch(self, job: Job) -> Tuple[int, "subprocess.Popen[bytes]"]:
+        """Start the supervisor; return the pipe on which it reports, and its process. Blocks."""
+        receiver, sender = os.pipe()
+        try:
+            with open(job.folder / "supervisor.log", "wb") as trouble:
+                process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", str(self._program), str(job.folder)],
+                    stdin=subprocess.DEVNULL, stdout=sender, stderr=trouble,
+                    start_new_session=True, cwd="/", env=_clean_environment())
+        except BaseException:
+            os.close(receiver)
+            raise
+        finally:
+            os.close(sender)
+        os.set_blocking(receiver, False)
+        return receiver, process
+
+    def _on_report(self, descriptor: int, buffer: bytearray) -> None:
+        try:
+            data = os.read(descriptor, 65536)
+        except BlockingIOError:
+            return
+        job, supervisor = self._pipes[descriptor]
+        buffer += data
+        while b"\n" in buffer:
+            line, _, rest = bytes(buffer).partition(b"\n")
+            buffer[:] = rest
+            self._apply(job, json.loads(line))
+        if not data:                              # the supervisor has ended, or was killed
+            self._drop_pipe(descriptor)
+            self._tasks[job.job_id] = asyncio.ensure_future(self._reap(job, supervisor))
+
+    def _drop_pipe(self, descriptor: int) -> None:
+        self._loop.remove_reader(descriptor)
+        os.close(descriptor)
+        del self._pipes[descriptor]
+
+    async def _reap(self, job: Job, supervisor: "subprocess.Popen[bytes]") -> None:
+        await asyncio.to_thread(supervisor.wait)
+        await self._watch(job)
+
+    async def _watch(self, job: Job) -> None:
+        """Follow a job whose supervisor reports to nobody, or is gone."""
+        while not job.is_final:
+            self._apply(job, await asyncio.to_thread(self._look, job.folder))
+            await asyncio.sleep(POLL_S)
+        self._tasks.pop(job.job_id, None)
+
+    def _apply(self, job: Job, status: Dict[str, Any]) -> None:
+        if status.get("pid"):
+            job.native_id = str(status["pid"])
+        job.update(status["state"], message=status.get("message"),
+                   exit_code=status.get("exit_code"), when=status.get("time"))
+
+    def _load(self) -> List[Tuple[Job, Dict[str, Any]]]:
+        """Return (job, status) of every job on disk. Blocks."""
+        found = []
+        for path in sorted(self._folder.glob("*/job.json")):
+            try:
+                record = json.loads(path.read_text(encoding="utf-8"))
+                job = Job(record["job_id"], record["sid"], "local", record["spec"], path.parent)
+                job.stdout, job.stderr = (Path(record["run"][name]) for name in
+                                          ("stdout", "stderr"))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log_psij.error("%s cannot be read: %s", path, error)
+                continue
+            found.append((job, self._look(path.parent)))
+        return found
+
+    def _look(self, folder: Path) -> Dict[str, Any]:
+        """Return the truth about a job of which nobody reports. Blocks."""
+        status = _read_status(folder)
+        if status.get("state") in FINAL_STATES:
+            return status
+        if is_same_process(*_read_claim(folder)):
+            return status or {"state": "QUEUED"}
+        status = _read_status(folder)             # it may just have ended, in good order
+        if status.get("state") in FINAL_STATES:
+            return status
+        if is_same_process(status.get("pid"), status.get("started")):
+            return status
+        if not status and self._claim(folder):
+            message = "the edge ended before the job was started; it did not run"
+        else:
+            message = "the job's supervisor was killed; the exit code is not known"
+        return self._settle(folder, "FAILED", message)
+
+    @staticmethod
+    def _claim(folder: Path) -> bool:
+        """Whether no supervisor has ever run the job; from now on none will."""
+        try:
+            os.close(os.open(folder / "claim", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            return True
+        except OSError:
+            return False
+
+    @staticmethod
+    def _settle(folder: Path, state: str, message: str) -> Dict[str, Any]:
+        """Write the final status that no supervisor is left to write."""
+        status = {"state": state, "exit_code": None, "message": message, "time": time.time()}
+        write_private(folder / "status.json", json.dumps(status))
+        return status
+
+    async def _cancel_orphan(self, job: Job) -> None:
+        """End a job whose supervisor was killed."""
+        status = await asyncio.to_thread(_read_status, job.folder)
+        pid = status.get("pid")
+        if not job.is_final and is_same_process(pid, status.get("started")):
+            await _end_group(pid)
+            self._apply(job, await asyncio.to_thread(
+                self._settle, job.folder, "CANCELED", "canceled after its supervisor was killed"))
+
+
+def _read_status(folder: Path) -> Dict[str, Any]:
+    return _json_object(_read(str(folder / "status.json")))
+
+
+def _read_claim(folder: Path) -> Tuple[Optional[int], Optional[int]]:
+    try:
+        pid, started = json.loads(_read(str(folder / "claim")))
+        return int(pid), int(started)
+    except (ValueError, TypeError):
+        return None, None
+
+
+async def _end_group(pid: int) -> None:
+    """End a process group: SIGTERM, time to obey, SIGKILL."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGTERM)
+        end = time.monotonic() + GRACE_S
+        while time.monotonic() < end:
+            await asyncio.sleep(0.02)
+            os.killpg(pid, 0)
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _clean_environment() -> Dict[str, str]:
+    """Return the edge's environment without its own secrets."""
+    return {name: value for name, value in os.environ.items() if name not in _SECRET_VARIABLES}
+
+
+def make_local_run(spec: Dict[str, Any], stdout: Path, stderr: Path) -> Dict[str, Any]:
+    """Return what the supervisor needs to run a job: command, environment, paths, times.
+
+    Raises Unprocessable for what a local job cannot have, by name. Nothing reaches a shell but the
+    scripts of pre_launch and post_launch, which are sourced, as positional parameters.
+    """
+    _refuse_for_local(spec)
+    directory = _existing(spec.get("directory", "~"), "directory", os.path.isdir)
+    paths = {"stdin": spec.get("stdin_path", os.devnull),
+             "stdout": spec.get("stdout_path", str(stdout)),
+             "stderr": spec.get("stderr_path", str(stderr))}
+    paths = {name: os.path.join(directory, os.path.expanduser(path))
+             for name, path in paths.items()}
+    _existing(paths["stdin"], "stdin_path", os.path.exists)
+    for name in ("stdout", "stderr"):
+        if f"{name}_path" in spec:
+            _existing(os.path.dirname(paths[name]), f"{name}_path", os.path.isdir)
+    inherited = _clean_environment() if spec.get("inherit_environment", True) else {}
+    environment = {**inherited, **{key: str(value)
+                                   for key, value in spec.get("environment", {}).items()}}
+    return {"command": _local_command(spec, directory), "environment": environment,
+            "directory": directory, **paths, "grace": GRACE_S,
+            "duration": spec["attributes"].get("duration")}
+
+
+def _refuse_for_local(spec: Dict[str, Any]) -> None:
+    attributes, resources = spec["attributes"], spec["resources"]
+    for name in ("queue_name", "account", "project_name", "reservation_id", "custom_attributes"):
+        if name in attributes:
+            raise Unprocessable(f"attributes.{name}: the local executor has no queues or accounts; "
+                                "leave it out")
+    for name, value in resources.items():
+        if name in ("gpu_cores_per_process", "memory") or \
+                name == "exclusive_node_use" and value or \
+                name != "exclusive_node_use" and value != 1:
+            raise Unprocessable(f"resources.{name}: the local executor runs one process on this "
+                                "machine and sets no limits; leave it out")
+    if spec.get("launcher", "single") != "single":
+        raise Unprocessable("launcher: the local executor knows only 'single'")
+
+
+def _existing(path: str, field: str, check: Callable[[str], bool]) -> str:
+    full = os.path.abspath(os.path.expanduser(path))
+    if not check(full):
+        raise Unprocessable(f"{field}: {full!r} is not there")
+    return full
+
+
+def _local_command(spec: Dict[str, Any], directory: str) -> List[str]:
+    executable = os.path.expanduser(spec["executable"])
+    command = [executable, *spec.get("arguments", [])]
+    scripts = [os.path.join(directory, os.path.expanduser(spec[name])) if name in spec else ""
+               for name in ("pre_launch", "post_launch")]
+    for name, path in zip(("pre_launch", "post_launch"), scripts):
+        if path:
+            _existing(path, name, os.path.isfile)
+    if not any(scripts):
+        return command
+    text = ('set -e; if [ -n "$1" ]; then . "$1"; fi; post=$2; shift 2; set +e; "$@"; code=$?; '
+            'set -e; if [ -n "$post" ]; then . "$post"; fi; exit $code')
+    return ["/bin/sh", "-c", text, "radical-edge-job", *scripts, *command]
+
+
+# -- batch systems, through psij-python
+
+_SUBMIT_PROGRAMS = {"slurm": ("sbatch", "squeue"), "pbs": ("qsub", "qstat"),
+                    "pbs_classic": ("qsub", "qstat"), "lsf": ("bsub", "bjobs"),
+                    "cobalt": ("qsub", "qstat"), "flux": ("flux",)}
+
+
+class BatchExecutors:
+    """The executors of psij-python, one of each name. Its calls block and run in threads."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()             # one import, one instance of each
+        self._executors: Dict[str, Any] = {}      # by name; guarded by _lock
+        self._handles: Dict[str, Any] = {}        # psij's jobs, by job_id; the loop's
+        self.jobs: Dict[str, Job] = {}            # by job_id; the loop's
+
+    async def open(self) -> None:
+        """Find the jobs of earlier processes: what became of them is not known."""
+        for record in await asyncio.to_thread(self._load):
+            job = Job(record["job_id"], record["sid"], record["executor"], record["spec"],
+                      self._folder / record["job_id"])
+            job.stdout, job.stderr = Path(record["stdout"]), Path(record["stderr"])
+            job.native_id, job.state = record.get("native_id"), record.get("state", "UNKNOWN")
+            job.exit_code, job.message = record.get("exit_code"), record.get("message")
+            if not job.is_final:
+                job.state = "UNKNOWN"
+                job.message = "the edge was restarted: ask the batch system about the native id"
+            self.jobs[job.job_id] = job
+
+    async def submit(self, job: Job) -> None:
+        """Submit a job. Raises NotInstalled without psij-python, Unprocessable when refused."""
+        handle = await asyncio.to_thread(self._make, job)
+        self.jobs[job.job_id], self._handles[job.job_id] = job, handle
+        job.update("QUEUED")
+        try:
+            await asyncio.to_thread(self._get(job.executor).submit, handle)
+        except Exception as error:                # psij-python's own, and what plugins of it raise
+            del self.jobs[job.job_id], self._handles[job.job_id]
+            reason = str(getattr(error, "exception", None) or error) or type(error).__name__
+            raise Unprocessable(f"job_spec: {job.executor} refused the job: {reason}") from None
+        job.native_id = str(handle.native_id)
+        await self._store(job)
+
+    async def cancel(self, job: Job) -> None:
+        """Ask the batch system to end a job; its state follows at the next poll."""
+        handle = self._handles.get(job.job_id)
+        if handle is None:
+            raise Conflict(f"the job was submitted before the edge was restarted: cancel "
+                           f"{job.native_id} with the batch system")
+        try:
+            await asyncio.to_thread(handle.cancel)
+        except Exception as error:
+            raise Unavailable(f"{job.executor} did not cancel the job: {error}") from None
+
+    async def forget(self, job: Job) -> None:
+        """Delete what is stored of a finished job."""
+        if job.is_final and self.jobs.pop(job.job_id, None) is not None:
+            self._handles.pop(job.job_id, None)
+            await asyncio.to_thread(shutil.rmtree, job.folder, True)
+
+    def _get(self, name: str) -> Any:
+        """Return the executor of this name. Blocks; raises NotInstalled or Unprocessable."""
+        with self._lock:
+            if name not in self._executors:
+                self._executors[name] = self._open_executor(name)
+            return self._executors[name]
+
+    def _open_executor(self, name: str) -> Any:
+        try:
+            import psij
+        except ImportError:
+            raise NotInstalled(f"executor: {name!r} needs psij-python on the edge: "
+                               "pip install psij-python") from None
+        known = psij.JobExecutor.get_executor_names()
+        if name not in known:
+            raise Unprocessable(f"executor: there is no {name!r}; there are: local, "
+                                f"{', '.join(sorted(set(known) - {'local'}))}")
+        missing = [program for program in _SUBMIT_PROGRAMS.get(name, ())
+                   if not shutil.which(program)]
+        if missing:
+            raise Unprocessable(f"executor: {name} is not on this machine: there is no "
+                                f"{' and no '.join(missing)}")
+        try:
+            instance = psij.JobExecutor.get_instance(name)
+            config = type(instance.config)() if instance.config is not None else None
+            if hasattr(config, "queue_polling_interval"):
+                config.queue_polling_interval = QUEUE_POLL_S
+                config.initial_queue_polling_delay = 1
+                instance = psij.JobExecutor.get_instance(name, config=config)
+            return instance
+        except Exception as error:
+            raise Unprocessable(f"executor: {name} cannot be used here: {error}") from None
+
+    def _make(self, job: Job) -> Any:
+        """Return psij's description of a job, with a callback for its states. Blocks."""
+        self._get(job.executor)
+        import psij
+        job.folder.mkdir(parents=True, mode=0o700)
+        try:
+            handle = psij.Job(self._translate(psij, job))
+        except Exception as error:                # typeguard's and psij's own
+            raise Unprocessable(f"job_spec: {error or type(error).__name__}") from None
+        handle._id = job.job_id
+        handle.set_job_status_callback(
+            lambda _job, status: self._loop.call_soon_threadsafe(self._on_status, job, status))
+        return handle
+
+    @staticmethod
+    def _translate(psij: Any, job: Job) -> Any:
+        spec, given = job.spec, dict(job.spec["attributes"])
+        if "duration" in given:
+            given["duration"] = datetime.timedelta(seconds=given["duration"])
+        job.stdout = Path(spec.get("stdout_path", job.stdout))
+        job.stderr = Path(spec.get("stderr_path", job.stderr))
+        plain = {name: spec[name] for name in (
+            "executable", "arguments", "name", "inherit_environment", "environment", "pre_launch",
+            "post_launch", "launcher") if name in spec}
+        paths = {name: Path(spec[name]).expanduser() for name in ("directory", "stdin_path")
+                 if name in spec}
+        resources = psij.ResourceSpecV1(**spec["resources"]) if spec["resources"] else None
+        return psij.JobSpec(**plain, **paths, stdout_path=job.stdout, stderr_path=job.stderr,
+                            resources=resources, attributes=psij.JobAttributes(**given))
+
+    def _on_status(self, job: Job, status: Any) -> None:
+        """Take psij's word, but for a success of which there is no exit code."""
+        state, message = status.state.name, status.message
+        if state == "COMPLETED" and status.exit_code is None:
+            state, message = "UNKNOWN", "the job left the queue without an exit code"
+        if state != "NEW" and job.update(state, message=message, exit_code=status.exit_code):
+            asyncio.ensure_future(self._store(job))
+
+    async def _store(self, job: Job) -> None:
+        record = {"job_id": job.job_id, "sid": job.sid, "executor": job.executor, "spec": job.spec,
+                  "native_id": job.native_id, "state": job.state, "exit_code": job.exit_code,
+                  "message": job.message, "stdout": str(job.stdout), "stderr": str(job.stderr)}
+        await asyncio.to_thread(write_private, job.folder / "batch.json",
+                                json.dumps(record))
+
+    def _load(self) -> List[Dict[str, Any]]:
+        records = [_json_object(_read(str(path))) for path in self._folder.glob("*/batch.json")]
+        return [record for record in records if "job_id" in record]
+
+
+# -- session, client, plugin
+
+class PSIJSession(PluginSession):
+    """The jobs of one client. They outlive the edge; closing the session does not end them."""
+
+    poll_interval = float(QUEUE_POLL_S)
+
+    def __init__(self, sid: str, **kwargs: Any) -> None:
+        super().__init__(sid)
+        if kwargs:
+            raise Unprocessable(f"{sorted(kwargs)[0]}: a psij session takes no arguments")
+        self._jobs: Dict[str, Job] = {}           # by job_id
+        self._changes: "asyncio.Queue[Tuple[Job, Dict[str, Any]]]" = asyncio.Queue()
+        self._teller: Optional["asyncio.Task[None]"] = None
+
+    async def start(self) -> None:
+        """Find the session's jobs again after a restart of the edge."""
+        self._teller = asyncio.ensure_future(self._tell())
+        for executor in await self._plugin.executors():
+            for job in [job for job in executor.jobs.values() if job.sid == self.sid]:
+                self._jobs[job.job_id] = job
+                job.on_change = self._on_change
+                if job.is_final and not _told_path(job).exists():
+                    self._on_change(job)          # it ended while the edge was away
+
+    def is_busy(self) -> bool:
+        """A session with live jobs does not expire."""
+        return any(not job.is_final and job.state != "UNKNOWN" for job in self._jobs.values())
+
+    async def submit_job(self, job_spec_dict: Dict[str, Any],
+                         executor_name: str = "local") -> Dict[str, Any]:
+        """Start a job; return {"job_id", "native_id"}. Raises Unprocessable or NotInstalled."""
+        self._check_active()
+        spec = parse_job_spec(job_spec_dict)
+        executor = await self._plugin.executor(executor_name)
+        job_id = str(uuid.uuid4())
+        job = Job(job_id, self.sid, executor_name, spec, self._plugin.jobs_dir / job_id)
+        job.on_change = self._on_change
+        self._jobs[job_id] = job
+        try:
+            await executor.submit(job)
+        except BaseException:
+            del self._jobs[job_id]
+            await asyncio.to_thread(shutil.rmtree, job.folder, True)
+            raise
+        return {"job_id": job_id, "native_id": job.native_id}
+
+    async def get_job_status(self, job_id: str, stdout_offset: int = 0,
+                             stderr_offset: int = 0) -> Dict[str, Any]:
+        """Return the job's state, description and output from the byte offsets on.
+
+        stdout_offset and stderr_offset in the answer are where to read on. `eof` is True once the
+        job has ended and all of its output was read.
+        """
+        job = self._find(job_id)
+        status = job.describe_whole()
+        complete = job.is_final                   # known before the output is read: none is missed
+        ends = []
+        for name, offset in (("stdout", stdout_offset), ("stderr", stderr_offset)):
+            text, after, end = await asyncio.to_thread(read_output, getattr(job, name), offset,
+                                                       complete=complete)
+            status.update({name: text, f"{name}_offset": after})
+            ends.append(end)
+        return {**status, "eof": all(ends)}
+
+    async def list_jobs(self) -> Dict[str, Any]:
+        """Return {"jobs": [...]}, the oldest first."""
+        return {"jobs": [job.describe() for job in self._jobs.values()]}
+
+    async def cancel_job(self, job_id: str) -> Dict[str, Any]:
+        """End a job; return {"job_id", "status": "canceled"}. Raises Conflict when it has ended."""
+        job = self._find(job_id)
+        if not job.is_final:
+            await (await self._plugin.executor(job.executor)).cancel(job)
+            if job.state == "CANCELED" or not job.is_final:
+                return {"job_id": job_id, "status": "canceled"}
+        raise Conflict(f"the job has ended already: it is {job.state}")
+
+    async def close(self) -> Dict[str, Any]:
+        """Forget the jobs that have ended; the others go on, and their output stays."""
+        for job in list(self._jobs.values()):
+            if job.is_final:
+                await (await self._plugin.executor(job.executor)).forget(job)
+        if self._teller is not None:
+            self._teller.cancel()
+        return await super().close()
+
+    def _find(self, job_id: str) -> Job:
+        job = self._jobs.get(job_id)
+        if job is None:
+            raise NotFound(f"there is no job {job_id[:80]!r} in this session: see list_jobs")
+        return job
+
+    def _on_change(self, job: Job) -> None:
+        self._changes.put_nowait((job, {"job_id": job.job_id, "state": job.state,
+                                        "exit_code": job.exit_code, "message": job.message}))
+
+    async def _tell(self) -> None:
+        """Notify of each change, in order, with the last bytes of the output."""
+        while True:
+            job, change = await self._changes.get()
+            stdout, stderr = [await asyncio.to_thread(read_tail, path)
+                              for path in (job.stdout, job.stderr)]
+            self.notify("job_status", {**change, "stdout": stdout, "stderr": stderr})
+            if change["state"] in FINAL_STATES:
+                with contextlib.suppress(OSError):               # its directory may be gone
+                    await asyncio.to_thread(_told_path(job).touch)
+
+
+def _told_path(job: Job) -> Path:
+    """Return the file that exists once the end of a job was told."""
+    return job.folder / "told"
+
+
+class PSIJClient(PluginClient):
+    """A program's access to the jobs of one session."""
+
+    def submit_job(self, job_spec: Dict[str, Any], executor: str = "local") -> Dict[str, Any]:
+        """Start a job; return {"job_id", "native_id"}. job_spec: see parse_job_spec()."""
+        return self._post(f"submit/{self._require_session()}",
+                          {"job_spec": job_spec, "executor": executor})
+
+    def get_job_status(self, job_id: str, stdout_offset: int = 0,
+                       stderr_offset: int = 0) -> Dict[str, Any]:
+        """Return a job's state and its output from the byte offsets on; at most 1 MiB of each."""
+        return self._get(f"status/{self._require_session()}/{job_id}", stdout_offset=stdout_offset,
+                         stderr_offset=stderr_offset)
+
+    def list_jobs(self) -> Dict[str, Any]:
+        """Return {"jobs": [...]} of this session."""
+        return self._get(f"list_jobs/{self._require_session()}")
+
+    def cancel_job(self, job_id: str) -> Dict[str, Any]:
+        """End a job; return {"job_id", "status"}. Raises Conflict when it has ended already."""
+        return self._post(f"cancel/{self._require_session()}/{job_id}")
+
+    def wait_job(self, job_id: str, timeout: Optional[float] = None) -> Dict[str, Any]:
+        """Return a job's status once it has ended, with its first MiB of output.
+
+        Asks again and again, and so does not depend on notifications. timeout: seconds; after them
+        the status is returned as it is.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        pause = 0.05
+        while True:
+            status = self.get_job_status(job_id)
+            if status["state"] in FINAL_STATES or end is not None and time.monotonic() >= end:
+                return status
+            time.sleep(pause if end is None else max(0, min(pause, end - time.monotonic())))
+            pause = min(pause * 1.5, 2.0)
+
+
+class PluginPSIJ(Plugin):
+    """Runs jobs: on this machine, and on batch systems where psij-python is installed."""
+
+    plugin_name = "psij"
+    session_class = PSIJSession
+    client_class = PSIJClient
+    version = "0.0.1"
+    ui_config = {
+        "icon": "🚀", "title": "PsiJ Jobs",
+        "description": "Submit and monitor HPC batch jobs via PsiJ.",
+        "forms": [{
+            "id": "submit", "title": "📝 Submit Job", "layout": "grid2",
+            "submit": {"label": "🚀 Submit Job", "style": "success"},
+            "fields": [
+                {"name": "exec", "type": "text", "label": "Executable", "column": 0,
+                 "css_class": "p-exec", "default": "radical-edge-wrapper.sh"},
+                {"name": "args", "type": "text", "label": "Arguments (space-separated)",
+                 "column": 0, "css_class": "p-args",
+                 "placeholder": "auto-filled with --url and --name"},
+                {"name": "executor", "type": "select", "label": "Executor", "column": 0,
+                 "css_class": "p-executor", "options": ["local", "slurm", "pbs", "lsf"]},
+                {"name": "queue", "type": "text", "label": "Queue / Partition", "column": 1,
+                 "css_class": "p-queue", "placeholder": "optional", "required": False},
+                {"name": "account", "type": "text", "label": "Account / Project", "column": 1,
+                 "css_class": "p-account", "placeholder": "optional", "required": False},
+                {"name": "duration", "type": "text", "label": "Duration (seconds)", "column": 1,
+                 "css_class": "p-duration", "placeholder": "e.g. 600", "required": False},
+                {"name": "node_count", "type": "number", "label": "Number of Nodes", "column": 1,
+                 "css_class": "p-node-count", "placeholder": "e.g. 1", "required": False},
+                {"name": "custom", "type": "custom_attributes", "label": "🔧 Custom Attributes",
+                 "column": 1, "css_class": "p-custom-attr", "required": False}]}],
+        "monitors": [{"id": "jobs", "title": "📊 Job Monitor", "type": "task_list",
+                      "css_class": "psij-output", "empty_text": "No jobs submitted yet."}],
+        "notifications": {"topic": "job_status", "id_field": "job_id", "state_field": "state"}}
+
+    def __init__(self, app: Any, instance_name: str = "psij") -> None:
+        super().__init__(app, instance_name)
+        self._opening = asyncio.Lock()
+        self._local: Optional[LocalExecutor] = None
+        self._batch: Optional[BatchExecutors] = None
+        self.add_route_post("submit/{sid}", self.submit_job)
+        self.add_route_get("status/{sid}/{job_id}", self.get_job_status)
+        self.add_route_get("list_jobs/{sid}", self.list_jobs)
+        self.add_route_post("cancel/{sid}/{job_id}", self.cancel_job)
+
+    @property
+    def jobs_dir(self) -> Path:
+        """Where every job has a directory of its own."""
+        return self.state_dir / "jobs"
+
+    async def start(self) -> None:
+        """Delete what finished long ago and whose session is gone."""
+        for executor in await self.executors():
+            for job in list(executor.jobs.values()):
+                if job.sid not in self._sessions and job.time < time.time() - KEEP_JOBS_S:
+                    await executor.forget(job)
+
+    async def stop(self) -> None:
+        """Stop watching; the jobs go on."""
+        if self._local is not None:
+            self._local.close()
+
+    async def executors(self) -> Tuple[LocalExecutor, BatchExecutors]:
+        """Return both kinds of executors, with the jobs of earlier processes."""
+        async with self._opening:                 # sessions are restored before start()
+            if self._local is None:
+                local, batch = LocalExecutor(self.jobs_dir), BatchExecutors(self.jobs_dir)
+                await local.open()
+                await batch.open()
+                self._local, self._batch = local, batch
+        return self._local, self._batch
+
+    async def executor(self, name: str) -> Any:
+        """Return what runs the jobs of this executor's name. Raises Unprocessable for no name."""
+        if not isinstance(name, str) or not name:
+            raise Unprocessable("executor: must be a name, such as 'local' or 'slurm'")
+        local, batch = await self.executors()
+        return local if name == "local" else batch
+
+    async def submit_job(self, request: Request) -> Any:
+        """Start a job of {"job_spec", "executor"}; answer {"job_id", "native_id"}."""
+        body = await request.json_object()
+        for name in body:
+            if name not in ("job_spec", "executor"):
+                raise Unprocessable(f"{name}: there is no such field; send job_spec and executor")
+        return await self._forward(request.path_params["sid"], PSIJSession.submit_job,
+                                   body.get("job_spec"), body.get("executor", "local"))
+
+    async def get_job_status(self, request: Request) -> Any:
+        """Answer a job's state, and its output from ?stdout_offset and ?stderr_offset on."""
+        return await self._forward(
+            request.path_params["sid"], PSIJSession.get_job_status, request.path_params["job_id"],
+            request.query_int("stdout_offset", 0), request.query_int("stderr_offset", 0))
+
+    async def list_jobs(self, request: Request) -> Any:
+        """Answer {"jobs"} of the session."""
+        return await self._forward(request.path_params["sid"], PSIJSession.list_jobs)
+
+    async def cancel_job(self, request: Request) -> Any:
+        """End a job; answer {"job_id", "status"}."""
+        return await self._forward(request.path_params["sid"], PSIJSession.cancel_job,
+                                   request.path_params["job_id"])
