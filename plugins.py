@@ -636,6 +636,7 @@ MAX_READ = 1024 * 1024         # bytes of output in one answer
 KEEP_JOBS_S = 7 * 86400        # finished jobs whose session is gone are kept so long
 
 FINAL_STATES = frozenset(("COMPLETED", "FAILED", "CANCELED"))
+ENDED_STATES = FINAL_STATES | {"UNKNOWN"}        # nothing more will be heard of it, as it seems
 _SECRET_VARIABLES = ("RADICAL_BRIDGE_TOKEN", "RADICAL_BRIDGE_KEY")       # the edge's, not the job's
 
 
@@ -763,7 +764,8 @@ class Job:
     def describe_whole(self) -> Dict[str, Any]:
         """Return what status says of the job, without its output."""
         return {**self.describe(), "directory": self.spec.get("directory"),
-                "duration": self.spec["attributes"].get("duration"), "finished": self.is_final}
+                "duration": self.spec["attributes"].get("duration"),
+                "finished": self.state in ENDED_STATES}
 
 
 def read_output(path: Path, offset: int, *, complete: bool,
@@ -843,8 +845,22 @@ def signal_group(number):
     except OSError:
         return False                              # nobody is left
 
-def open_output(path, flags):
-    return os.open(path, flags, 0o600)
+def group_lives():
+    """Whether a process of the group still runs; zombies, which init has yet to reap, do not."""
+    if not signal_group(0):
+        return False
+    found = False
+    for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
+        try:
+            with open("/proc/%s/stat" % name) as file:
+                fields = file.read().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if len(fields) > 2 and fields[2] == str(child):
+            found = True
+            if fields[0] not in "ZX":
+                return True
+    return not found and not os.path.isdir("/proc/self")
 
 def run_job():
     """In the child: become the job. Returns an error's number and text when that fails."""
@@ -933,7 +949,7 @@ while exit_code is None:
 # what the job left running ends with it, as in a batch system; first politely
 if signal_group(signal.SIGTERM):
     end = time.monotonic() + job["grace"]
-    while signal_group(0) and time.monotonic() < end:
+    while group_lives() and time.monotonic() < end:
         time.sleep(0.02)
     signal_group(signal.SIGKILL)
 code = 128 - exit_code if exit_code < 0 else exit_code
@@ -985,7 +1001,10 @@ class LocalExecutor:
 
     async def open(self) -> None:
         """Find the jobs of earlier processes."""
-        for job, status in await asyncio.to_thread(self._load):
+        for record, status in await asyncio.to_thread(self._load):
+            job = Job(record["job_id"], record["sid"], "local", record["spec"],
+                      self._folder / record["job_id"])
+            job.stdout, job.stderr = Path(record["run"]["stdout"]), Path(record["run"]["stderr"])
             self.jobs[job.job_id] = job
             self._apply(job, status)
             if not job.is_final:
@@ -1099,19 +1118,15 @@ class LocalExecutor:
         job.update(status["state"], message=status.get("message"),
                    exit_code=status.get("exit_code"), when=status.get("time"))
 
-    def _load(self) -> List[Tuple[Job, Dict[str, Any]]]:
-        """Return (job, status) of every job on disk. Blocks."""
+    def _load(self) -> List[Tuple[Dict[str, Any], Dict[str, Any]]]:
+        """Return (job.json, status) of every job on disk. Blocks."""
         found = []
         for path in sorted(self._folder.glob("*/job.json")):
-            try:
-                record = json.loads(path.read_text(encoding="utf-8"))
-                job = Job(record["job_id"], record["sid"], "local", record["spec"], path.parent)
-                job.stdout, job.stderr = (Path(record["run"][name]) for name in
-                                          ("stdout", "stderr"))
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                log_psij.error("%s cannot be read: %s", path, error)
-                continue
-            found.append((job, self._look(path.parent)))
+            record = _json_object(_read(str(path)))
+            if {"job_id", "sid", "spec", "run"} <= set(record):
+                found.append((record, self._look(path.parent)))
+            else:                                 # the edge was killed while it wrote this
+                log_psij.error("%s cannot be read; its job did not run", path)
         return found
 
     def _look(self, folder: Path) -> Dict[str, Any]:
@@ -1144,18 +1159,19 @@ class LocalExecutor:
     @staticmethod
     def _settle(folder: Path, state: str, message: str) -> Dict[str, Any]:
         """Write the final status that no supervisor is left to write."""
+        if (folder / "canceled").exists():
+            state, message = "CANCELED", "canceled after its supervisor was killed"
         status = {"state": state, "exit_code": None, "message": message, "time": time.time()}
         write_private(folder / "status.json", json.dumps(status))
         return status
 
     async def _cancel_orphan(self, job: Job) -> None:
-        """End a job whose supervisor was killed."""
+        """End a job whose supervisor was killed; _watch() sees its end, and the mark tells why."""
         status = await asyncio.to_thread(_read_status, job.folder)
         pid = status.get("pid")
         if not job.is_final and is_same_process(pid, status.get("started")):
+            await asyncio.to_thread((job.folder / "canceled").touch)
             await _end_group(pid)
-            self._apply(job, await asyncio.to_thread(
-                self._settle, job.folder, "CANCELED", "canceled after its supervisor was killed"))
 
 
 def _read_status(folder: Path) -> Dict[str, Any]:
@@ -1171,13 +1187,13 @@ def _read_claim(folder: Path) -> Tuple[Optional[int], Optional[int]]:
 
 
 async def _end_group(pid: int) -> None:
-    """End a process group: SIGTERM, time to obey, SIGKILL."""
+    """End a process group: SIGTERM, time for its first process to obey, SIGKILL for the rest."""
+    started = process_started(pid)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGTERM)
         end = time.monotonic() + GRACE_S
-        while time.monotonic() < end:
+        while is_same_process(pid, started) and time.monotonic() < end:
             await asyncio.sleep(0.02)
-            os.killpg(pid, 0)
         os.killpg(pid, signal.SIGKILL)
 
 
@@ -1254,6 +1270,7 @@ def _local_command(spec: Dict[str, Any], directory: str) -> List[str]:
 _SUBMIT_PROGRAMS = {"slurm": ("sbatch", "squeue"), "pbs": ("qsub", "qstat"),
                     "pbs_classic": ("qsub", "qstat"), "lsf": ("bsub", "bjobs"),
                     "cobalt": ("qsub", "qstat"), "flux": ("flux",)}
+_NAME_OPTIONS = {"slurm": "slurm.job-name", "pbs": "pbs.N", "pbs_classic": "pbs.N", "lsf": "lsf.J"}
 
 
 class BatchExecutors:
@@ -1351,6 +1368,8 @@ class BatchExecutors:
         job.folder.mkdir(parents=True, mode=0o700)
         try:
             handle = psij.Job(self._translate(psij, job))
+        except Unprocessable:
+            raise
         except Exception as error:                # typeguard's and psij's own
             raise Unprocessable(f"job_spec: {error or type(error).__name__}") from None
         handle._id = job.job_id
@@ -1361,6 +1380,13 @@ class BatchExecutors:
     @staticmethod
     def _translate(psij: Any, job: Job) -> Any:
         spec, given = job.spec, dict(job.spec["attributes"])
+        if job.executor == "pbs":
+            for name in {"gpu_cores_per_process", "cpu_cores_per_process"} & set(spec["resources"]):
+                raise Unprocessable(f"resources.{name}: psij-python drops it for PBS; ask for it "
+                                    "with the custom attribute pbs.l")
+        if "name" in spec and job.executor in _NAME_OPTIONS:     # psij-python itself drops it
+            given["custom_attributes"] = {_NAME_OPTIONS[job.executor]: spec["name"],
+                                          **given.get("custom_attributes", {})}
         if "duration" in given:
             given["duration"] = datetime.timedelta(seconds=given["duration"])
         job.stdout = Path(spec.get("stdout_path", job.stdout))
@@ -1421,7 +1447,7 @@ class PSIJSession(PluginSession):
 
     def is_busy(self) -> bool:
         """A session with live jobs does not expire."""
-        return any(not job.is_final and job.state != "UNKNOWN" for job in self._jobs.values())
+        return any(job.state not in ENDED_STATES for job in self._jobs.values())
 
     async def submit_job(self, job_spec_dict: Dict[str, Any],
                          executor_name: str = "local") -> Dict[str, Any]:
@@ -1450,7 +1476,7 @@ class PSIJSession(PluginSession):
         """
         job = self._find(job_id)
         status = job.describe_whole()
-        complete = job.is_final                   # known before the output is read: none is missed
+        complete = status["finished"]             # known before the output is read: none is missed
         ends = []
         for name, offset in (("stdout", stdout_offset), ("stderr", stderr_offset)):
             text, after, end = await asyncio.to_thread(read_output, getattr(job, name), offset,
@@ -1531,7 +1557,7 @@ class PSIJClient(PluginClient):
         return self._post(f"cancel/{self._require_session()}/{job_id}")
 
     def wait_job(self, job_id: str, timeout: Optional[float] = None) -> Dict[str, Any]:
-        """Return a job's status once it has ended, with its first MiB of output.
+        """Return a job's status once it has ended or got lost, with its first MiB of output.
 
         Asks again and again, and so does not depend on notifications. timeout: seconds; after them
         the status is returned as it is.
@@ -1540,7 +1566,7 @@ class PSIJClient(PluginClient):
         pause = 0.05
         while True:
             status = self.get_job_status(job_id)
-            if status["state"] in FINAL_STATES or end is not None and time.monotonic() >= end:
+            if status["finished"] or end is not None and time.monotonic() >= end:
                 return status
             time.sleep(pause if end is None else max(0, min(pause, end - time.monotonic())))
             pause = min(pause * 1.5, 2.0)

@@ -1071,7 +1071,7 @@ class _LockSelector(selectors.DefaultSelector):
     """Waits on a lock while nothing but the loop's own wake-up socket is registered.
 
     Waking a thread through a lock takes half the time that it takes through a socket and epoll, and
-    that is a sixth of a proxied request's latency. With sockets to watch it is an ordinary selector.
+    that is a sixth of a proxied request's latency. With sockets to watch it is an ordinary one.
     """
 
     def __init__(self) -> None:
@@ -1496,7 +1496,7 @@ def find_proxy(url: BridgeURL) -> Optional[BridgeURL]:
         return None
     parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     if parts.scheme != "http" or not parts.hostname:
-        raise ValueError(f"a proxy must be http://host:port; the environment names {parts.scheme}://")
+        raise ValueError(f"a proxy must be http://host:port; the environment has {parts.scheme}://")
     user = urllib.parse.unquote(parts.username or "")
     secret = f"{user}:{urllib.parse.unquote(parts.password or '')}" if user else None
     return BridgeURL(False, parts.hostname, parts.port or 80, "", secret)
@@ -1789,6 +1789,10 @@ class TokenStore:
                 return (identity, record["hash"]) if identity else None
         return None
 
+    def is_valid(self, identity: Identity) -> bool:
+        """Whether the token of somebody who was let in is still good."""
+        return self.find_named(identity.name) is not None
+
     def add_fixed(self, name: str, token: str) -> None:
         """Accept `token` as admin for as long as this process lives; it is written nowhere."""
         self._fixed.append({"name": name, "scope": "admin", "hash": _digest(token)})
@@ -2044,8 +2048,11 @@ def find_bridge(url: Optional[str] = None, token: Optional[str] = None,
 
 
 def default_bridge() -> Tuple[str, Optional[str]]:
-    """Return (URL, pinned certificate or None): RADICAL_BRIDGE_URL, what a bridge on this host
-    wrote to ~/.radical/edge/url, or the default port of this machine."""
+    """Return (URL, pinned certificate or None) of the bridge to use when none is named.
+
+    That is RADICAL_BRIDGE_URL, what a bridge on this host wrote to ~/.radical/edge/url, or the
+    default port of this machine.
+    """
     try:
         lines = (home_dir() / "url").read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError):
@@ -3144,8 +3151,9 @@ _LINK_TRANSITIONS = {
 class _BridgeLink:
     """An edge's link to one bridge, kept up for ever. On the transport loop."""
 
-    def __init__(self, edge: "Edge", text: str) -> None:
-        self._edge, self._text, self.url = edge, text, parse_bridge_url(text)
+    def __init__(self, edge: "Edge", text: Optional[str]) -> None:
+        self._edge, self._text = edge, text
+        self.url = find_bridge(text).url          # found anew for each connection
         self._loop = asyncio.get_running_loop()
         self.state = LinkState.CLOSED             # only _advance() changes it
         self._channel: Optional[Channel] = None
@@ -3201,7 +3209,7 @@ class _BridgeLink:
         self._advance("dial")
         heartbeat = None
         try:
-            sock, rest = await self._edge.workers.call(self._edge.dial, self._text)
+            self.url, sock, rest = await self._edge.workers.call(self._edge.dial, self._text)
             self._advance("upgraded")
             self._serve(sock, rest)
             heartbeat = asyncio.ensure_future(self._beat())
@@ -3337,8 +3345,10 @@ class Edge:
         if not is_valid_name(self.name) or self.name in RESERVED_NAMES:
             raise ValueError(f"--name {self.name!r}: take 1 to 64 letters, digits, '.', '_' or "
                              f"'-', and none of {', '.join(sorted(RESERVED_NAMES))}")
-        texts = urls.split(",") if isinstance(urls, str) else list(urls or [])
-        self._urls = [text.strip() for text in texts] or default_bridge()[0].split(",")
+        urls = urls or os.environ.get("RADICAL_BRIDGE_URL") or ()
+        texts = urls.split(",") if isinstance(urls, str) else list(urls)
+        # None: whatever ~/.radical/edge says at the time, for the bridge may be started later
+        self._urls = [text.strip() for text in texts] or [None]
         self._token, self._cert = token, cert
         first = [find_bridge(text, token, cert) for text in self._urls][0]   # mistakes show at once
         self.heartbeat = heartbeat
@@ -3394,9 +3404,10 @@ class Edge:
                 "plugins": self.host.describe_for_bridge(), "instance": self._instance,
                 "wire": [WIRE_VERSION]}
 
-    def dial(self, text: str) -> Tuple[socket.socket, bytes]:
-        """Return what open_websocket() does, with the token as it is now. Blocks."""
-        return open_websocket(*find_bridge(text, self._token, self._cert))
+    def dial(self, text: Optional[str]) -> Tuple[BridgeURL, socket.socket, bytes]:
+        """Return the bridge's URL and what open_websocket() does, with today's token. Blocks."""
+        target = find_bridge(text, self._token, self._cert)
+        return (target.url, *open_websocket(*target))
 
     async def wait_stopping(self, seconds: float) -> None:
         """Wait, but not longer than until the edge stops."""
@@ -3685,9 +3696,10 @@ class Subscriber:
     filters: the wanted edge, plugin and topic; "" for any.
     """
 
-    def __init__(self, connection: HttpConnection, filters: Tuple[str, str, str], *,
-                 chunked: bool) -> None:
-        self.connection, self._filters, self._chunked = connection, filters, chunked
+    def __init__(self, connection: HttpConnection, identity: Identity,
+                 filters: Tuple[str, str, str], *, chunked: bool) -> None:
+        self.connection, self.identity = connection, identity
+        self._filters, self._chunked = filters, chunked
         self._wants_all = not any(filters)
 
     def send_event(self, event: LoggedEvent) -> bool:
@@ -3743,7 +3755,7 @@ class EventHub:
         query, connection = parse_query(exchange.head.query), exchange.connection
         chunked = not exchange.head.is_http10
         filters = tuple(query.get(name, "") for name in ("edge", "plugin", "topic"))
-        subscriber = Subscriber(connection, filters, chunked=chunked)
+        subscriber = Subscriber(connection, exchange.identity, filters, chunked=chunked)
         last_id = self._parse_last_id(exchange.head.fields.get("last-event-id")
                                       or query.get("last_event_id"))
         connection.take_over(lambda _data: None, lambda _reason: self._on_lost(subscriber))
@@ -3754,8 +3766,12 @@ class EventHub:
             self._replay(subscriber, last_id)
 
     def close(self) -> None:
-        """End all subscriptions in order: with the last chunk."""
-        for subscriber in list(self.subscribers):
+        """End all subscriptions."""
+        self.close_unless(lambda identity: False)
+
+    def close_unless(self, is_valid: Callable[[Identity], bool]) -> None:
+        """End, with the last chunk, the subscriptions of those whose tokens are bad by now."""
+        for subscriber in [item for item in self.subscribers if not is_valid(item.identity)]:
             subscriber.send_chunk(encode_chunk(b""))
             subscriber.connection.channel.close_when_sent()
 
@@ -3998,6 +4014,12 @@ class EdgeRegistry:
         link = EdgeLink(self, connection, identity)
         self.unregistered.add(link)
         return link
+
+    def close_unless(self, is_valid: Callable[[Identity], bool]) -> None:
+        """Close the links of those whose tokens were revoked or have expired."""
+        for link in [*self.links.values(), *self.unregistered]:
+            if not is_valid(link.identity):
+                link.close(CloseCode.POLICY, "the token was revoked or has expired")
 
     def check(self, link: EdgeLink, name: Any) -> Optional[str]:
         """Return why the link may not register under `name`, or None."""
@@ -4513,18 +4535,17 @@ class Bridge:
         try:
             while True:
                 await asyncio.sleep(RELOAD_S)
-                try:
-                    if await workers.call(self._tokens.refresh):
-                        self._drop_revoked()
-                except (EdgeError, OSError) as error:
-                    bridge_log.error("tokens are not reloaded: %s", error)
+                await self._reload_tokens(workers)
         finally:
             workers.stop()
 
-    def _drop_revoked(self) -> None:
-        for link in [*self._registry.links.values(), *self._registry.unregistered]:
-            if self._tokens.find_named(link.identity.name) is None:
-                link.close(CloseCode.POLICY, "the token was revoked")
+    async def _reload_tokens(self, workers: Workers) -> None:
+        try:
+            await workers.call(self._tokens.refresh)
+        except (EdgeError, OSError) as error:
+            bridge_log.error("tokens are not reloaded: %s", error)
+        self._registry.close_unless(self._tokens.is_valid)
+        self._hub.close_unless(self._tokens.is_valid)
 
     async def _close_all(self) -> None:
         for task in self._tasks:
@@ -5282,9 +5303,7 @@ def _configure_logging(level: str, *, serving: bool) -> None:
 def _serve(options: argparse.Namespace) -> int:
     """Run a bridge, an edge or both until a signal, or until they are told to end."""
     _raise_file_limit()
-    done = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, functools.partial(_on_signal, done))
+    done = _Ending()
     load_builtin_plugins()
     for path in options.plugin_file:
         load_plugin_file(path)
@@ -5303,10 +5322,34 @@ def _serve(options: argparse.Namespace) -> int:
     return 0
 
 
-def _on_signal(done: threading.Event, _number: int, _frame: Any) -> None:
-    if done.is_set():
-        os._exit(1)                               # asked twice
-    done.set()
+class _Ending:
+    """What the main thread waits for: SIGTERM, Ctrl-C, or set() by any thread.
+
+    Not a threading.Event: when the system hands a signal to another thread, the main thread would
+    not wake to see it. The byte that Python writes to the wake-up descriptor does wake it.
+    """
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._signals = 0
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def set(self) -> None:
+        """End the wait. Any thread."""
+        with contextlib.suppress(BlockingIOError):               # full: it was set often enough
+            self._writer.send(b"\0")
+
+    def wait(self) -> None:
+        """Return when it is time to end."""
+        self._reader.recv(1)
+
+    def _on_signal(self, _number: int, _frame: Any) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            os._exit(1)                           # asked twice
 
 
 def _exit_at_once_if(stuck: bool) -> None:
@@ -5339,7 +5382,7 @@ def _raise_file_limit() -> None:
         pass
 
 
-def _start_bridge(options: argparse.Namespace, done: threading.Event) -> Bridge:
+def _start_bridge(options: argparse.Namespace, done: _Ending) -> Bridge:
     host = options.host or "127.0.0.1"
     cert = options.cert or os.environ.get("RADICAL_BRIDGE_CERT")
     key = options.key or os.environ.get("RADICAL_BRIDGE_KEY")
@@ -5351,10 +5394,11 @@ def _start_bridge(options: argparse.Namespace, done: threading.Event) -> Bridge:
                     allow_hosts=options.allow_host, request_timeout=options.request_timeout,
                     heartbeat=options.heartbeat, state_dir=_state_dir(options, BRIDGE_NAME),
                     on_end=done.set)
-    bridge.start()
     pin = "sha256:" + hashlib.sha256(ssl.PEM_cert_to_DER_cert(_first_certificate(cert))
                                      ).hexdigest() if cert else ""
+    # before it serves: who sees that it is up must find it
     write_private(home_dir() / "url", f"{bridge.url}\n{pin}\n")
+    bridge.start()
     if tokens is None:
         bridge_log.warning("--no-auth: everybody who reaches %s can run programs as you",
                            bridge.url)
@@ -5381,7 +5425,7 @@ def _open_tokens() -> TokenStore:
     return store
 
 
-def _start_edge(options: argparse.Namespace, services: List[Any], done: threading.Event) -> Edge:
+def _start_edge(options: argparse.Namespace, services: List[Any], done: _Ending) -> Edge:
     url, cert = options.url, options.cert
     if services and not url:                      # beside its bridge: no need to look for it
         url, cert = services[0].url, default_bridge()[1]

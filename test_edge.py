@@ -1,0 +1,2718 @@
+"""Tests of radical_edge.py and plugins.py: real sockets, real processes, no mocks of our own code.
+
+Run them with `python -m pytest`. They need pytest; a test that needs more says what it misses.
+Each test gets a HOME of its own, and fails when it leaves a thread or a child process behind.
+"""
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import plugins
+import radical_edge
+from radical_edge import (Bridge, BridgeClient, Edge, EdgeError, EventParser, FrameParser, Opcode,
+                          Plugin, PluginSession, ProtocolError, RequestParser, Response, TokenStore,
+                          accept_key, encode_close, encode_frame, get, parse_close, post)
+
+ROOT = Path(__file__).resolve().parent
+SCRIPT = str(ROOT / "radical_edge.py")
+
+
+# ---------------------------------------------------------------------------
+# Helpers and fixtures
+# ---------------------------------------------------------------------------
+
+def wait_until(condition, timeout=10.0, what="the condition"):
+    """Return condition()'s first true value; fail after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            pytest.fail(f"{what} did not come true within {timeout:.0f} s")
+        time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """A HOME of the test's own, no settings from outside, and no threads left behind."""
+    for name in list(os.environ):
+        if name.startswith("RADICAL_") or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    path = tmp_path / "home"
+    path.mkdir()
+    monkeypatch.setenv("HOME", str(path))
+    before = set(threading.enumerate())
+    yield path
+    wait_until(lambda: not left_behind(before), what=f"the end of {left_behind(before)}")
+
+
+def left_behind(before):
+    """Return the threads that are new and alive, but for psij-python's, which nothing can end."""
+    return [thread for thread in set(threading.enumerate()) - before
+            if not type(thread).__module__.startswith("psij")]
+
+
+class EchoSession(PluginSession):
+    """Used by the test plugin."""
+
+    async def say(self, text):
+        self.notify("said", {"text": text})
+        return {"said": text}
+
+
+class EchoPlugin(Plugin):
+    """What the tests ask for things."""
+
+    plugin_name = "echo"
+    session_class = EchoSession
+
+    @get("hello")
+    async def hello(self, request):
+        return {"user": request.user, "query": request.query_params}
+
+    @post("echo")
+    async def echo(self, request):
+        return Response(await request.body(), media_type=request.headers.get("content-type"))
+
+    @post("json")
+    async def json(self, request):
+        return {"got": await request.json()}
+
+    @get("say/{sid}/{text}")
+    async def say(self, request):
+        return await self._forward(request.path_params["sid"], EchoSession.say,
+                                   request.path_params["text"])
+
+    @get("fail/{status}")
+    async def fail(self, request):
+        raise EdgeError("as you asked", int(request.path_params["status"]))
+
+    @get("crash")
+    async def crash(self, request):
+        raise KeyError("a secret detail")
+
+    @get("number")
+    async def number(self, request):
+        return {"n": request.query_int("n", 7)}
+
+    @get("wait/{seconds}")
+    async def wait(self, request):
+        await asyncio.sleep(float(request.path_params["seconds"]))
+        return {}
+
+    @get("plain/{seconds}")
+    def plain(self, request):
+        time.sleep(float(request.path_params["seconds"]))
+        return {}
+
+    @get("block/{seconds}")
+    async def block(self, request):
+        time.sleep(float(request.path_params["seconds"]))      # blocks its loop, as bad plugins do
+        return {}
+
+
+@pytest.fixture
+def tokens(home):
+    """A token store, and one token of each scope: {scope: token}."""
+    store = TokenStore(home / ".radical/edge/tokens.json")
+    named = {scope: store.add(f"{scope}-1", scope) for scope in ("admin", "client", "read", "edge")}
+    (home / ".radical/edge/token").write_text(named["admin"])
+    (home / ".radical/edge/token").chmod(0o600)
+    return store, named
+
+
+@pytest.fixture
+def bridge(tokens):
+    """A bridge in this process, on a free port."""
+    running = Bridge(port=0, tokens=tokens[0]).start()
+    yield running
+    assert running.stop()
+
+
+@pytest.fixture
+def edge(bridge, tokens):
+    """An edge in this process, named "e1", with the echo plugin."""
+    running = Edge(bridge.url, "e1", plugins=["echo"], token=tokens[1]["edge"]).start()
+    assert running.online.wait(10)
+    wait_until(lambda: "e1" in bridge._registry.links)
+    yield running
+    assert running.stop()
+
+
+class Raw:
+    """A raw connection to a bridge: bytes out, replies in."""
+
+    def __init__(self, bridge, token=None, sock=None):
+        self.port = bridge._listener.server_address[1] if bridge else sock.getpeername()[1]
+        self.sock = sock or socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        self.token = token
+        self._buffer = b""
+
+    def send(self, data):
+        self.sock.sendall(data)
+
+    def request(self, method, path, body=b"", headers=(), token=None):
+        """Send a request with Host, token and Content-Length; return the reply."""
+        self.send_request(method, path, body, headers, token)
+        return self.reply(head_only=method == "HEAD")
+
+    def send_request(self, method, path, body=b"", headers=(), token=None):
+        lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1"]
+        if token or self.token:
+            lines.append(f"Authorization: Bearer {token or self.token}")
+        if body:
+            lines.append(f"Content-Length: {len(body)}")
+        lines += [f"{name}: {value}" for name, value in headers]
+        self.send("\r\n".join([*lines, "", ""]).encode() + body)
+
+    def reply(self, head_only=False):
+        """Return (status, {lower-case name: value}, body) of the next reply."""
+        while b"\r\n\r\n" not in self._buffer:
+            data = self.sock.recv(65536)
+            assert data, f"closed after {self._buffer!r}"
+            self._buffer += data
+        head, _, self._buffer = self._buffer.partition(b"\r\n\r\n")
+        line, *rest = head.decode("latin-1").split("\r\n")
+        fields = {name.lower(): value for name, _, value in (item.partition(": ") for item in rest)}
+        length = 0 if head_only else int(fields.get("content-length", 0))
+        while len(self._buffer) < length:
+            data = self.sock.recv(65536)
+            assert data, "closed in the body"
+            self._buffer += data
+        body, self._buffer = self._buffer[:length], self._buffer[length:]
+        return int(line.split()[1]), fields, body
+
+    def is_closed(self):
+        """Whether the bridge closes the connection now (within the socket's timeout)."""
+        with contextlib.suppress(ConnectionError):
+            return self.sock.recv(65536) == b""
+        return True
+
+    def close(self):
+        self.sock.close()
+
+
+@pytest.fixture
+def raw(bridge, tokens):
+    """Make raw connections to the bridge: raw() is an admin's, raw(token) another's."""
+    made = []
+
+    def connect(token=tokens[1]["admin"]):
+        made.append(Raw(bridge, token))
+        return made[-1]
+
+    yield connect
+    for connection in made:
+        connection.close()
+
+
+# ---------------------------------------------------------------------------
+# WebSocket frames: the RFC's own bytes, cut everywhere
+# ---------------------------------------------------------------------------
+
+RFC_FRAMES = {                                   # RFC 6455, section 5.7: bytes, masked, messages
+    "a single unmasked text": ("8105 48656c6c6f", False, [(Opcode.TEXT, "Hello")]),
+    "a single masked text": ("8185 37fa213d 7f9f4d5158", True, [(Opcode.TEXT, "Hello")]),
+    "a fragmented text": ("0103 48656c 8002 6c6f", False, [(Opcode.TEXT, "Hello")]),
+    "a ping": ("8905 48656c6c6f", False, [(Opcode.PING, b"Hello")]),
+    "a masked pong": ("8a85 37fa213d 7f9f4d5158", True, [(Opcode.PONG, b"Hello")]),
+    "256 bytes": ("827e0100" + "07" * 256, False, [(Opcode.BINARY, b"\x07" * 256)]),
+    "64 KiB": ("827f0000000000010000" + "07" * 65536, False, [(Opcode.BINARY, b"\x07" * 65536)]),
+    "a ping between fragments": ("0103 48656c 8900 8002 6c6f", False,
+                                 [(Opcode.PING, b""), (Opcode.TEXT, "Hello")]),
+}
+
+
+def drain(parser):
+    """Return all messages that the parser has."""
+    return list(iter(parser.next_message, None))
+
+
+@pytest.mark.parametrize("name", RFC_FRAMES)
+def test_the_frames_of_the_rfc_are_read_whole_and_cut_anywhere(name):
+    text, masked, messages = RFC_FRAMES[name]
+    data = bytes.fromhex(text)
+    cuts = range(len(data)) if len(data) < 400 else (0, 1, 2, 3, 4, 9, 10, 11, len(data) - 1)
+    for cut in cuts:
+        parser = FrameParser(masked=masked)
+        parser.feed(data[:cut])
+        found = drain(parser)
+        parser.feed(data[cut:])
+        assert found + drain(parser) == messages
+
+
+def test_a_frame_fed_byte_by_byte_is_not_read_before_its_last_byte():
+    parser = FrameParser(masked=False)
+    for byte in bytes.fromhex("8905 48656c6c6f"):
+        assert parser.next_message() is None
+        parser.feed(bytes([byte]))
+    assert parser.next_message() == (Opcode.PING, b"Hello")
+
+
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 127, 65535, 65536, 8 * 1024 * 1024])
+@pytest.mark.parametrize("mask", [None, b"\x37\xfa\x21\x3d"], ids=["plain", "masked"])
+def test_a_frame_comes_back_as_it_was_encoded(size, mask):
+    payload = os.urandom(size)
+    parser = FrameParser(masked=mask is not None)
+    parser.feed(encode_frame(Opcode.BINARY, payload, mask=mask) * 2)
+    assert drain(parser) == [(Opcode.BINARY, payload)] * 2
+
+
+VIOLATIONS = {                                   # bytes to a client, close code
+    "RSV1 set": ("c100", 1002), "RSV3 set": ("9100", 1002), "opcode 3": ("8300", 1002),
+    "opcode 11": ("8b00", 1002), "a fragmented ping": ("0900", 1002),
+    "a ping of 126 bytes": ("897e007e", 1002), "a masked frame": ("8180 00000000", 1002),
+    "length 125 in two bytes": ("827e007d", 1002), "length 65535 in eight": (
+        "827f000000000000ffff", 1002), "a negative length": ("827f8000000000000000", 1002),
+    "continuation of nothing": ("8000", 1002), "text within a text": ("0101 61 8101 62", 1002),
+    "text that is not UTF-8": ("8102 c328", 1007), "a cut UTF-8 character": ("8102 e282", 1007),
+    "a surrogate": ("8103 eda080", 1007), "too large": ("827f0000000100000000", 1009),
+}
+
+
+@pytest.mark.parametrize("name", VIOLATIONS)
+def test_a_violation_is_refused_with_its_close_code(name):
+    text, code = VIOLATIONS[name]
+    parser = FrameParser(masked=False, max_message=1 << 20)
+    parser.feed(bytes.fromhex(text))
+    with pytest.raises(ProtocolError) as caught:
+        drain(parser)
+    assert caught.value.code == code
+
+
+def test_a_server_refuses_a_frame_without_a_mask():
+    parser = FrameParser(masked=True)
+    parser.feed(bytes.fromhex("8105 48656c6c6f"))
+    with pytest.raises(ProtocolError):
+        parser.next_message()
+
+
+def test_a_large_message_is_refused_when_it_is_announced_also_in_fragments():
+    parser = FrameParser(masked=False, max_message=1000)
+    parser.feed(encode_frame(Opcode.BINARY, b"x" * 600, fin=False))
+    assert parser.next_message() is None
+    parser.feed(b"\x80\x7e\x02\x58")             # 600 more, of which no byte has come
+    with pytest.raises(ProtocolError) as caught:
+        parser.next_message()
+    assert caught.value.code == 1009
+
+
+def test_empty_fragments_do_not_go_on_for_ever():
+    parser = FrameParser(masked=False, max_message=100)
+    parser.feed(encode_frame(Opcode.TEXT, b"", fin=False))
+    parser.feed(encode_frame(Opcode.CONTINUATION, b"", fin=False) * 200)
+    with pytest.raises(ProtocolError) as caught:
+        drain(parser)
+    assert caught.value.code == 1009
+
+
+@pytest.mark.parametrize("payload, expected", [
+    ("", (1005, "")), ("03e8", (1000, "")), ("03e9 627965", (1001, "bye")), ("0fa1", (4001, ""))])
+def test_a_close_frame_is_read(payload, expected):
+    assert parse_close(bytes.fromhex(payload)) == expected
+
+
+@pytest.mark.parametrize("payload", ["03", "03ed", "03ec", "03ee", "03e7", "07d0", "1388", "03e8c3"])
+def test_a_bad_close_frame_is_refused(payload):
+    with pytest.raises(ProtocolError):
+        parse_close(bytes.fromhex(payload))
+
+
+def test_a_long_close_reason_is_cut_between_characters():
+    frame = encode_close(1000, "ä" * 100)
+    assert len(frame) <= 2 + 125
+    assert parse_close(frame[2:])[1].strip("ä") == ""
+
+
+def test_control_frames_must_be_short_and_whole():
+    for arguments in ({"payload": b"x" * 126}, {"payload": b"", "fin": False}):
+        with pytest.raises(ValueError):
+            encode_frame(Opcode.PING, **arguments)
+
+
+def test_the_accept_key_is_the_one_of_the_rfc():
+    assert accept_key("dGhlIHNhbXBsZSBub25jZQ==") == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+
+
+# ---------------------------------------------------------------------------
+# WebSocket, against two other implementations
+# ---------------------------------------------------------------------------
+
+SIZES = (0, 1, 125, 126, 65535, 65536, 1 << 20, 8 << 20)
+
+
+@pytest.mark.parametrize("ours_is_client", [True, False], ids=["client", "server"])
+def test_wsproto_and_we_read_each_other(ours_is_client):
+    wsproto = pytest.importorskip("wsproto.frame_protocol", reason="needs wsproto")
+    theirs = wsproto.FrameProtocol(client=not ours_is_client, extensions=[])
+    parser = FrameParser(masked=not ours_is_client)
+    mask = os.urandom(4) if ours_is_client else None
+    for size in SIZES:
+        payload = os.urandom(size)
+        half = size // 2
+        # theirs to ours, in two fragments with a ping in between
+        parser.feed(theirs.send_data(payload[:half], fin=False) + theirs.ping(b"p")
+                    + theirs.send_data(payload[half:], fin=True))
+        assert drain(parser) == [(Opcode.PING, b"p"), (Opcode.BINARY, payload)]
+        # ours to theirs, likewise
+        theirs.receive_bytes(
+            encode_frame(Opcode.BINARY, payload[:half], mask=mask, fin=False)
+            + encode_frame(Opcode.PONG, b"q", mask=mask)
+            + encode_frame(Opcode.CONTINUATION, payload[half:], mask=mask))
+        frames = list(theirs.received_frames())
+        data = b"".join(bytes(frame.payload) for frame in frames
+                        if frame.opcode != wsproto.Opcode.PONG)
+        assert data == payload
+        assert sum(frame.opcode == wsproto.Opcode.PONG for frame in frames) == 1
+
+
+@pytest.mark.parametrize("ours_is_client", [True, False], ids=["client", "server"])
+def test_websockets_and_we_read_each_other(ours_is_client):
+    pytest.importorskip("websockets", reason="needs websockets")
+    from websockets.frames import Frame
+    from websockets.protocol import Protocol, Side
+    theirs = Protocol(Side.SERVER if ours_is_client else Side.CLIENT, max_size=16 << 20)
+    parser = FrameParser(masked=not ours_is_client)
+    mask = os.urandom(4) if ours_is_client else None
+    for size in SIZES:
+        payload = os.urandom(size)
+        half = size // 2
+        theirs.send_binary(payload[:half], fin=False)
+        theirs.send_ping(b"p")
+        theirs.send_continuation(payload[half:], fin=True)
+        parser.feed(b"".join(theirs.data_to_send()))
+        assert drain(parser) == [(Opcode.PING, b"p"), (Opcode.BINARY, payload)]
+        theirs.receive_data(encode_frame(Opcode.BINARY, payload[:half], mask=mask, fin=False)
+                            + encode_frame(Opcode.PONG, b"q", mask=mask)
+                            + encode_frame(Opcode.CONTINUATION, payload[half:], mask=mask))
+        frames = [event for event in theirs.events_received() if isinstance(event, Frame)]
+        assert b"".join(bytes(frame.data) for frame in frames if frame.opcode != 10) == payload
+
+
+def test_websockets_as_an_edge_of_version_1_serves_a_request(bridge, tokens, raw):
+    """An edge of the older kind: token as the URL's password, no "registered", base64 bodies."""
+    sync = pytest.importorskip("websockets.sync.client", reason="needs websockets")
+    url = bridge.url.replace("http://", f"ws://x:{tokens[1]['edge']}@") + "/register"
+    with sync.connect(url, max_size=None) as link:
+        link.send(json.dumps({"type": "register", "edge_name": "old", "endpoint": {"type": "x"},
+                              "plugins": {"p": {"type": "p", "namespace": "/old/p",
+                                                "version": "1", "enabled": True}}}))
+        assert json.loads(link.recv(10))["type"] == "topology"
+        client = raw()
+        for body, is_text in ((b"", True), ("grüße".encode(), True), (b"\xff\x00" * 4000, False)):
+            client.send_request("POST", "/old/p/echo?x=1", body)
+            message = json.loads(link.recv(10)) if is_text else \
+                radical_edge.parse_msgpack(link.recv(10))
+            assert (message["method"], message["path"]) == ("POST", "/p/echo?x=1")
+            assert message["is_binary"] is not is_text
+            link.send(json.dumps({
+                "type": "response", "req_id": message["req_id"], "status": 201, "headers": {},
+                "is_binary": True, "body": base64.b64encode(body).decode()}))
+            status, _, answer = client.reply()
+            assert (status, answer) == (201, body)
+        client.send_request("GET", "/old/p/json")
+        request = json.loads(link.recv(10))
+        link.send(json.dumps({"type": "response", "req_id": request["req_id"], "status": 200,
+                              "headers": {}, "body": {"a": [1]}}))
+        assert json.loads(client.reply()[2]) == {"a": [1]}
+
+
+def test_websockets_as_a_bridge_of_version_1_is_served_by_our_edge(home):
+    """A bridge of the older kind: no token, no "registered", JSON pings, msgpack for binary."""
+    server = pytest.importorskip("websockets.sync.server", reason="needs websockets")
+    seen, done = [], threading.Event()
+
+    def serve(link):
+        register = json.loads(link.recv(10))
+        link.send(json.dumps({"type": "topology", "edges": {"e9": {"plugins": ["echo"]}}}))
+        link.send(json.dumps({"type": "ping"}))
+        link.send(json.dumps({"type": "later", "unknown": True}))
+        body = b"\xff" + os.urandom(70_000)
+        request = {"type": "request", "req_id": "1", "method": "POST", "path": "/echo/echo",
+                   "headers": {}, "is_binary": True, "body": body}
+        whole = radical_edge.encode_msgpack(request)
+        link.send([whole[:100], whole[100:40_000], whole[40_000:]])      # three fragments
+        answers = {}
+        while len(answers) < 2:
+            message = json.loads(link.recv(10))
+            answers[message["type"]] = message
+        seen.append((register, answers, body))
+        link.send(json.dumps({"type": "shutdown", "reason": "enough"}))
+        done.wait(10)
+
+    with server.serve(serve, "127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=listener.serve_forever)
+        thread.start()
+        ended = threading.Event()
+        port = listener.socket.getsockname()[1]
+        edge = Edge(f"ws://127.0.0.1:{port}/register", "e9", plugins=["echo"],
+                    on_end=ended.set).start()
+        try:
+            assert ended.wait(10)                 # told to shut down
+        finally:
+            done.set()
+            assert edge.stop()
+            listener.shutdown()
+            thread.join()
+    register, answers, body = seen[0]
+    assert register["edge_name"] == "e9"
+    assert register["plugins"]["echo"]["namespace"] == "/e9/echo"
+    assert answers["pong"] == {"type": "pong"}
+    assert base64.b64decode(answers["response"]["body"]) == body
+
+
+# ---------------------------------------------------------------------------
+# Messages: msgpack, version 1
+# ---------------------------------------------------------------------------
+
+MSGPACK = {                                      # from the msgpack specification
+    "c0": None, "c2": False, "c3": True, "07": 7, "ff": -1, "e0": -32, "cc80": 128, "cd0100": 256,
+    "ce00010000": 65536, "cf0000000100000000": 1 << 32, "d080": -128, "d18000": -32768,
+    "d280000000": -(1 << 31), "d3ffffffffffffffff": -1, "ca3fc00000": 1.5, "cb3ff8000000000000": 1.5,
+    "a0": "", "a3666f6f": "foo", "d903666f6f": "foo", "da0003666f6f": "foo", "db00000003666f6f": "foo",
+    "c403010203": b"\1\2\3", "c50003010203": b"\1\2\3", "c600000003010203": b"\1\2\3", "90": [],
+    "93010203": [1, 2, 3], "dc00020102": [1, 2], "dd000000020102": [1, 2], "80": {},
+    "82a16101a162c0": {"a": 1, "b": None}, "de0001a16101": {"a": 1}, "df00000001a16190": {"a": []}}
+
+
+@pytest.mark.parametrize("text", MSGPACK)
+def test_msgpack_values_are_read_and_a_cut_one_is_refused(text):
+    data = bytes.fromhex(text)
+    assert radical_edge.parse_msgpack(data) == MSGPACK[text]
+    for cut in range(len(data)):
+        with pytest.raises(ProtocolError):
+            radical_edge.parse_msgpack(data[:cut])
+    with pytest.raises(ProtocolError):
+        radical_edge.parse_msgpack(data + b"\xc0")
+
+
+@pytest.mark.parametrize("data", [
+    b"\x91" * 100 + b"\xc0", b"\xdd\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff", b"\xd4\x01\x00",
+    b"\xc1", b"\x81\x01\x01", b"\xa1\xff"],
+    ids=["deep", "huge array", "huge bytes", "extension", "reserved", "number as key", "not UTF-8"])
+def test_hostile_msgpack_is_refused(data):
+    with pytest.raises(ProtocolError):
+        radical_edge.parse_msgpack(data)
+
+
+def test_a_request_survives_the_wire_as_text_and_as_msgpack():
+    for body, opcode in ((b"", Opcode.TEXT), ("ö".encode(), Opcode.TEXT), (b"\xff\0", Opcode.BINARY)):
+        sent = radical_edge.encode_request("1", "PUT", "/p/r?q=1", {"a": "b"}, body)
+        assert sent[0] is opcode
+        payload = sent[1] if opcode is Opcode.BINARY else sent[1].decode()
+        found = radical_edge.parse_request(radical_edge.parse_message(payload))
+        assert found == ("1", "PUT", "/p/r?q=1", {"a": "b"}, body)
+
+
+@pytest.mark.parametrize("payload", ["", "[]", "{}", "nul", '{"type": 1}', "[" * 100_000, b"\xc0"])
+def test_what_is_no_message_is_refused(payload):
+    with pytest.raises(ProtocolError):
+        radical_edge.parse_message(payload)
+
+
+@pytest.mark.parametrize("message", [
+    {}, {"status": "200"}, {"status": 99}, {"status": 600}, {"status": True}, {"status": 101},
+    {"status": 200, "headers": ["a"]}, {"status": 200, "headers": {"a": "b\r\nSet-Cookie: c=d"}},
+    {"status": 200, "headers": {"a b": "c"}}, {"status": 200, "headers": {"a": ["b"]}},
+    {"status": 200, "is_binary": True, "body": "@@@"}])
+def test_a_response_that_could_break_the_reply_is_refused(message):
+    with pytest.raises(ProtocolError):
+        radical_edge.parse_response(message)
+
+
+# ---------------------------------------------------------------------------
+# HTTP/1.1 heads and bodies
+# ---------------------------------------------------------------------------
+
+def parse_http(*pieces):
+    """Return the events of the pieces: (method, target), body bytes joined, "END"."""
+    parser, events = RequestParser(), []
+    for piece in pieces:
+        parser.feed(piece)
+        for event in iter(parser.next_event, None):
+            if isinstance(event, bytes) and events and isinstance(events[-1], bytes):
+                events[-1] += event
+            elif isinstance(event, bytes):
+                events.append(event)
+            else:
+                events.append("END" if event is radical_edge.END else (event.method, event.target))
+    return events
+
+
+GOOD_REQUESTS = {
+    "a plain one": (b"GET /a?b=c HTTP/1.1\r\nHost: x\r\n\r\n", [("GET", "/a?b=c"), "END"]),
+    "an empty line first": (b"\r\nGET / HTTP/1.1\r\nHost: x\r\n\r\n", [("GET", "/"), "END"]),
+    "a body": (b"POST /p HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello",
+               [("POST", "/p"), b"hello", "END"]),
+    "chunks": (b"POST /p HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: Chunked\r\n\r\n"
+               b"5;name=\"v\"\r\nhello\r\n00a \r\n, world!!!\r\n0\r\nX-Sum: 1\r\n\r\n",
+               [("POST", "/p"), b"hello, world!!!", "END"]),
+    "two, pipelined": (b"POST /1 HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\naGET /2 HTTP/1.1\r\n"
+                       b"Host: x\r\n\r\n", [("POST", "/1"), b"a", "END", ("GET", "/2"), "END"]),
+    "absolute": (b"GET http://h:1/a?b HTTP/1.1\r\nHost: x\r\n\r\n", [("GET", "/a?b"), "END"]),
+    "HTTP/1.0": (b"GET / HTTP/1.0\r\n\r\n", [("GET", "/"), "END"]),
+    "spaces around a value": (b"GET / HTTP/1.1\r\nHost: \t x \r\nA:\r\n\r\n", [("GET", "/"), "END"]),
+}
+
+
+@pytest.mark.parametrize("name", GOOD_REQUESTS)
+def test_good_requests_are_read_whole_and_cut_anywhere(name):
+    data, events = GOOD_REQUESTS[name]
+    for cut in range(len(data) + 1):
+        assert parse_http(data[:cut], data[cut:]) == events
+
+
+HOST = b"Host: localhost\r\n"
+POST_HEAD = b"POST /logout HTTP/1.1\r\n" + HOST
+CHUNKED = POST_HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+BAD_REQUESTS = {
+    "no method": (b" / HTTP/1.1\r\n\r\n", 400), "two spaces": (b"GET  / HTTP/1.1\r\n\r\n", 400),
+    "no version": (b"GET /\r\n\r\n", 400), "a lower-case version": (b"GET / http/1.1\r\n\r\n", 400),
+    "HTTP/2.0": (b"GET / HTTP/2.0\r\n" + HOST + b"\r\n", 505),
+    "a target that is no path": (b"GET a HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    "a byte above 127 in the target": (b"GET /\xe4 HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    "no Host": (b"GET / HTTP/1.1\r\n\r\n", 400),
+    "two Hosts": (b"GET / HTTP/1.1\r\n" + HOST + HOST + b"\r\n", 400),
+    "bare LF": (b"GET / HTTP/1.1\nHost: x\n\n", 400),
+    "bare LF in a field": (b"GET / HTTP/1.1\r\nHost: x\nA: b\r\n\r\n", 400),
+    "bare CR": (b"GET / HTTP/1.1\r\nHost: x\rA: b\r\n\r\n", 400),
+    "obs-fold": (b"GET / HTTP/1.1\r\nHost: x\r\nA: b\r\n c\r\n\r\n", 400),
+    "a space before the colon": (b"GET / HTTP/1.1\r\nHost : x\r\n\r\n", 400),
+    "NUL in a value": (b"GET / HTTP/1.1\r\nHost: x\r\nA: \0\r\n\r\n", 400),
+    "no colon": (b"GET / HTTP/1.1\r\nHost: x\r\nnonsense\r\n\r\n", 400),
+    "both framings": (POST_HEAD + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+    "two lengths": (POST_HEAD + b"Content-Length: 3\r\nContent-Length: 3\r\n\r\n", 400),
+    "a list of lengths": (POST_HEAD + b"Content-Length: 3, 3\r\n\r\n", 400),
+    "a signed length": (POST_HEAD + b"Content-Length: +3\r\n\r\n", 400),
+    "a negative length": (POST_HEAD + b"Content-Length: -3\r\n\r\n", 400),
+    "a hexadecimal length": (POST_HEAD + b"Content-Length: 0x3\r\n\r\n", 400),
+    "an underscore": (POST_HEAD + b"Content-Length: 1_0\r\n\r\n", 400),
+    "superscript digits": (POST_HEAD + b"Content-Length: \xb2\r\n\r\n", 400),
+    "an endless length": (POST_HEAD + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n", 400),
+    "an unknown coding": (POST_HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 501),
+    "two codings": (POST_HEAD + b"Transfer-Encoding: chunked\r\n" * 2 + b"\r\n", 400),
+    "a coding in 1.0": (b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+    "no length in 1.0": (b"POST / HTTP/1.0\r\n\r\n", 411),
+    "a chunk size of letters": (CHUNKED + b"xyz\r\n", 400), "none": (CHUNKED + b"\r\n", 400),
+    "a signed chunk size": (CHUNKED + b"+5\r\nhello\r\n", 400),
+    "a chunk size of 17 digits": (CHUNKED + b"1" * 17 + b"\r\n", 400),
+    "a chunk longer than it says": (CHUNKED + b"3\r\nhello\r\n", 400),
+    "a chunk line with bare LF": (CHUNKED + b"5\nhello\r\n", 400),
+    "a long chunk extension": (CHUNKED + b"5;" + b"a" * 300, 400),
+    "a bad trailer": (CHUNKED + b"0\r\n bad\r\n\r\n", 400),
+    "a long request line": (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 414),
+    "a request line without end": (b"GET /" + b"a" * 9000, 414),
+    "a large head": (b"GET / HTTP/1.1\r\n" + HOST + b"A: " + b"a" * 33_000 + b"\r\n\r\n", 431),
+    "a head without end": (b"GET / HTTP/1.1\r\n" + HOST + (b"A: " + b"a" * 99 + b"\r\n") * 400, 431),
+    "too many fields": (b"GET / HTTP/1.1\r\n" + HOST + b"A: b\r\n" * 101 + b"\r\n", 431),
+}
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_bad_requests_are_refused_with_their_status(name):
+    data, status = BAD_REQUESTS[name]
+    with pytest.raises(EdgeError) as caught:
+        parse_http(data)
+    assert caught.value.status == status
+
+
+# what h11 decides otherwise, and why we differ (RFC 9112 unless said otherwise)
+H11_DIFFERS = {
+    "an empty line first": "section 2.2: a server should ignore it",
+    "HTTP/2.0": "h11 takes any version and leaves it to the application",
+    "a target that is no path": "section 3.2: h11 leaves the target to the application",
+    "bare LF": "section 2.2 allows it, and smuggling lives on it", "bare LF in a field": "likewise",
+    "obs-fold": "section 5.2: a server must refuse or replace it; h11 replaces",
+    "both framings": "section 6.3: may be refused as an attempt to smuggle",
+    "two lengths": "section 6.3 allows equal ones; we refuse all", "a list of lengths": "likewise",
+    "a coding in 1.0": "section 6.1: faulty framing; h11 takes it",
+    "no length in 1.0": "RFC 1945, section 7.2.2: such a body cannot be delimited",
+    "a chunk size of 17 digits": "h11 takes up to 20", "a long chunk extension": "h11 has no limit",
+    "a long request line": "h11 has one limit for the head, 64 KiB", "a large head": "likewise",
+    "a request line without end": "likewise", "too many fields": "likewise",
+}
+
+
+def test_h11_agrees_on_what_is_a_good_request_but_for_what_is_written_down():
+    h11 = pytest.importorskip("h11", reason="needs h11")
+    differs = set()
+    for name, (data, _) in {**GOOD_REQUESTS, **BAD_REQUESTS}.items():
+        connection = h11.Connection(h11.SERVER)
+        connection.receive_data(data)
+        accepted = True
+        try:
+            while type(connection.next_event()) in (h11.Request, h11.Data):
+                pass
+        except h11.RemoteProtocolError:
+            accepted = False
+        if accepted != (name in GOOD_REQUESTS):
+            differs.add(name)
+    assert differs == set(H11_DIFFERS)
+
+
+@pytest.mark.parametrize("path, segments", [
+    ("/", [""]), ("/a/b", ["a", "b"]), ("/a%20b/c%2Fd", ["a b", "c/d"]), ("/%C3%A4", ["ä"])])
+def test_paths_are_split_before_they_are_decoded(path, segments):
+    assert radical_edge.parse_path(path) == segments
+
+
+@pytest.mark.parametrize("path", ["/..", "/a/../b", "/%2e%2e/a", "/.", "/%00", "/a%0ab", "/%ff"])
+def test_paths_that_lead_elsewhere_are_refused(path):
+    with pytest.raises(radical_edge.BadRequest):
+        radical_edge.parse_path(path)
+
+
+def test_queries_are_read_and_bounded():
+    assert radical_edge.parse_query("a=1&b=&a=%20x") == {"a": " x", "b": ""}
+    for query in ("a=%ff", "&".join(f"a{number}=1" for number in range(101))):
+        with pytest.raises(radical_edge.BadRequest):
+            radical_edge.parse_query(query)
+
+
+def test_response_heads_are_read_and_nonsense_is_refused():
+    head = b"HTTP/1.1 101 Switching\r\nUpgrade: websocket\r\n\r\nrest"
+    assert radical_edge.parse_response_head(head) == (101, {"upgrade": "websocket"}, b"rest")
+    for cut in range(len(head) - len(b"rest")):
+        assert radical_edge.parse_response_head(head[:cut]) is None
+    for bad in (b"SSH-2.0-x\r\n\r\n\r\n", b"HTTP/1.1 99 x\r\n\r\n", b"x" * 40_000):
+        with pytest.raises(ProtocolError):
+            radical_edge.parse_response_head(bad)
+
+
+# ---------------------------------------------------------------------------
+# Event streams
+# ---------------------------------------------------------------------------
+
+STREAMS = {                                      # WHATWG HTML, section 9.2.6, and the line ends
+    "stock": ("data: YHOO\ndata: +2\ndata: 10\n\n", [("", "message", "YHOO\n+2\n10")]),
+    "ids": (": test\n\ndata: first\nid: 1\n\ndata:second\nid\n\ndata:  third\n\n",
+            [("1", "message", "first"), ("", "message", "second"), ("", "message", " third")]),
+    "empty": ("data\n\ndata\ndata\n\ndata:", [("", "message", ""), ("", "message", "\n")]),
+    "same": ("data:test\n\ndata: test\n\n", [("", "message", "test"), ("", "message", "test")]),
+    "CR LF": ("\ufeffid: 7\r\nevent: e\r\ndata: ä\r\n\r\n", [("7", "e", "ä")]),
+    "CR": ("data: a\rdata: b\r\rdata: c\r\r", [("", "message", "a\nb"), ("", "message", "c")]),
+    "id with NUL": ("id: 1\0\ndata: a\n\n", [("", "message", "a")]),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_event_streams_are_read_whole_and_cut_anywhere(name):
+    text, expected = STREAMS[name]
+    data = text.encode()
+    for cut in range(len(data) + 1):
+        parser = EventParser()
+        found = parser.feed(data[:cut]) + parser.feed(data[cut:]) + parser.feed(b"\n")
+        assert [tuple(event) for event in found][:len(expected)] == expected
+
+
+def test_an_event_comes_back_as_it_was_encoded():
+    parser = EventParser()
+    (event,) = parser.feed(radical_edge.encode_event("a\nb", 42))
+    assert event == ("42", "message", "a\nb")
+    parser.feed(b"retry: 1500\n")
+    assert parser.retry_s == 1.5
+
+
+def test_an_event_without_end_is_refused():
+    parser = EventParser(max_event=1000)
+    with pytest.raises(ProtocolError):
+        for _ in range(100):
+            parser.feed(b"data: " + b"x" * 50)
+
+
+# ---------------------------------------------------------------------------
+# The bridge's HTTP surface: every error, and what comes after it on the connection
+# ---------------------------------------------------------------------------
+
+def assert_error(reply, status, *words):
+    """Check an error's status and shape, and that its detail says what it must."""
+    found, fields, body = reply
+    assert found == status, body
+    assert fields["content-type"] == "application/json"
+    value = json.loads(body)
+    assert set(value) == {"error", "status_code", "detail"}
+    assert value["error"] is True and value["status_code"] == status
+    for word in words:
+        assert word in value["detail"], value["detail"]
+
+
+ERRORS = [                                       # method, path, body, headers, status, words
+    ("POST", "/e1/echo/json", b"{nonsense", (), 400, ["JSON"]),
+    ("GET", "/e1/../echo/hello", b"", (), 400, ["'..'"]),
+    ("GET", "/e1/echo/%2e%2e/x", b"", (), 400, []),
+    ("GET", "/e1/echo/hello?a=%ff", b"", (), 400, ["query"]),
+    ("GET", "/nobody/echo/hello", b"", (), 404, ["nobody", "--list"]),
+    ("GET", "/e1/nothing/hello", b"", (), 404, ["nothing", "echo"]),
+    ("GET", "/e1/echo/nowhere", b"", (), 404, ["nowhere"]),
+    ("GET", "/e1/echo", b"", (), 404, []), ("GET", "/e1", b"", (), 404, []),
+    ("GET", "/e1/echo/say/session.no/x", b"", (), 404, ["session.no", "register"]),
+    ("GET", "/plugins/none.js", b"", (), 404, ["none"]),
+    ("POST", "/edge/disconnect/nobody", b"", (), 404, ["nobody"]),
+    ("POST", "/edge/disconnect/bridge", b"", (), 400, ["terminate"]),
+    ("DELETE", "/e1/echo/hello", b"", (), 405, ["GET"]),
+    ("GET", "/edge/list", b"", (), 405, ["POST"]), ("POST", "/edges", b"", (), 405, ["GET"]),
+    ("GET", "/e1/echo/fail/409", b"", (), 409, ["as you asked"]),
+    ("GET", "/e1/echo/fail/501", b"", (), 501, ["as you asked"]),
+    ("GET", "/e1/echo/number?n=abc", b"", (), 422, ["n:", "abc"]),
+    ("GET", "/e1/echo/number?n=-1", b"", (), 422, ["n:"]),
+    ("GET", "/e1/echo/hello", b"", [("X-Request-Timeout", "soon")], 422, ["X-Request-Timeout"]),
+    ("GET", "/events", b"", [("Last-Event-ID", "x")], 422, ["Last-Event-ID"]),
+    ("POST", "/auth", b"{}", (), 422, ["token"]), ("POST", "/auth", b"{", (), 400, ["JSON"]),
+    ("POST", "/e1/echo/register_session", b'{"color": 1}', (), 422, ["color"]),
+    ("POST", "/e1/echo/register_session", b"[1]", (), 422, ["object"]),
+    ("GET", "/e1/echo/crash", b"", (), 500, ["log"]),
+    ("GET", "/register", b"", (), 426, ["WebSocket"]),
+]
+
+
+@pytest.mark.parametrize("method, path, body, headers, status, words", ERRORS,
+                         ids=[f"{item[0]} {item[1]} {item[4]}" for item in ERRORS])
+def test_an_error_says_what_is_wrong_and_leaves_the_connection_in_step(
+        edge, raw, method, path, body, headers, status, words):
+    client = raw()
+    assert_error(client.request(method, path, body, headers), status, *words)
+    assert client.request("GET", "/e1/echo/hello")[0] == 200
+
+
+def test_a_crash_in_a_plugin_tells_the_caller_nothing_of_it(edge, raw):
+    _, fields, body = raw().request("GET", "/e1/echo/crash")
+    assert b"secret" not in body and b"KeyError" not in body and b"Traceback" not in body
+    assert fields["x-request-id"] in json.loads(body)["detail"]
+
+
+def test_405_names_the_methods(edge, raw):
+    assert raw().request("PUT", "/e1/echo/hello")[1]["allow"] == "GET, HEAD"
+    assert raw().request("GET", "/edge/list")[1]["allow"] == "POST"
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_broken_framing_is_answered_and_the_connection_closed(bridge, raw, name):
+    data, status = BAD_REQUESTS[name]
+    client = raw()
+    client.send(data)
+    reply = client.reply()
+    assert_error(reply, status)
+    assert reply[1]["connection"] == "close"
+    assert client.is_closed()
+
+
+def test_a_body_that_looks_like_a_request_is_not_run(edge, raw):
+    inner = b"GET /e1/echo/fail/418 HTTP/1.1\r\nHost: x\r\n\r\n"
+    client = raw()
+    assert client.request("POST", "/e1/echo/echo", inner)[2] == inner
+    assert client.request("GET", "/e1/echo/hello")[0] == 200
+
+
+def test_pipelined_requests_are_answered_in_order(edge, raw):
+    client = raw()
+    client.send_request("GET", "/e1/echo/wait/0.2")
+    client.send_request("GET", "/health")
+    client.send_request("POST", "/e1/echo/echo", b"third")
+    assert client.reply()[2] == b"{}"
+    assert json.loads(client.reply()[2])["status"] == "healthy"
+    assert client.reply()[2] == b"third"
+
+
+def test_a_large_body_is_refused_before_it_is_read(edge, raw):
+    client = raw()
+    client.send_request("POST", "/e1/echo/echo", b"x", [("X", "y")])
+    client.reply()
+    client.send(b"POST /e1/echo/echo HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer "
+                + client.token.encode() + b"\r\nContent-Length: 999999999999\r\n\r\n" + b"x" * 1000)
+    assert_error(client.reply(), 413)
+    assert client.is_closed()
+
+
+def test_too_many_wrong_tokens_are_429_and_a_right_one_still_passes(bridge, raw, tokens):
+    for _ in range(radical_edge.LOGIN_FAILURES):
+        reply = raw("wrong").request("GET", "/edges")
+        assert_error(reply, 401)
+        assert reply[1]["www-authenticate"].startswith("Bearer")
+    reply = raw("wrong").request("GET", "/edges")
+    assert_error(reply, 429, "wait")
+    assert int(reply[1]["retry-after"]) > 0
+    assert raw().request("GET", "/edges")[0] == 200
+
+
+def test_no_token_is_401(bridge, raw):
+    assert_error(raw(None).request("GET", "/edges"), 401, "Bearer")
+    assert_error(raw(None).request("GET", "/e1/echo/hello"), 401)
+
+
+class FakeEdge:
+    """An edge of version 1 that says what the test wants."""
+
+    def __init__(self, bridge, token, name, **register):
+        url = radical_edge.parse_bridge_url(bridge.url)
+        self.sock, rest = radical_edge.open_websocket(url, token, None)
+        self.sock.settimeout(10)
+        self._parser = FrameParser(masked=False)
+        self._parser.feed(rest)
+        self.say(type="register", edge_name=name, plugins={"p": {}}, **register)
+
+    def say(self, **message):
+        self.send(encode_frame(Opcode.TEXT, json.dumps(message).encode(), mask=b"abcd"))
+
+    def send(self, data):
+        self.sock.sendall(data)
+
+    def hear(self, kind):
+        """Return the next message of this type, or the close frame as {"close": code}."""
+        while True:
+            message = self._parser.next_message()
+            if message is None:
+                data = self.sock.recv(65536)
+                assert data, "closed"
+                self._parser.feed(data)
+            elif message[0] is Opcode.CLOSE:
+                return {"close": parse_close(message[1])[0]}
+            elif message[0] is Opcode.TEXT and json.loads(message[1])["type"] == kind:
+                return json.loads(message[1])
+
+    def close(self):
+        self.sock.close()
+
+
+@pytest.fixture
+def fake_edge(bridge, tokens):
+    """Make fake edges: fake_edge("name", field=value)."""
+    made = []
+
+    def connect(name, token=tokens[1]["edge"], **register):
+        made.append(FakeEdge(bridge, token, name, **register))
+        return made[-1]
+
+    yield connect
+    for item in made:
+        item.close()
+
+
+@pytest.mark.parametrize("answer", [
+    {"status": "200"}, {"status": 700}, {"status": 200, "headers": {"a": "b\r\nc: d"}},
+    {"status": 200, "body": "@", "is_binary": True}])
+def test_an_edge_that_answers_nonsense_is_502_and_harms_no_other_request(fake_edge, raw, answer):
+    fake, client = fake_edge("f1"), raw()
+    fake.hear("topology")
+    client.send_request("GET", "/f1/p/x")
+    fake.say(type="response", req_id=fake.hear("request")["req_id"], **answer)
+    assert_error(client.reply(), 502, "f1")
+    client.send_request("GET", "/f1/p/x")
+    fake.say(type="response", req_id=fake.hear("request")["req_id"], status=204)
+    assert client.reply()[0] == 204
+
+
+def test_an_edge_that_goes_while_it_works_is_503(fake_edge, raw):
+    fake, client = fake_edge("f1"), raw()
+    fake.hear("topology")
+    client.send_request("GET", "/f1/p/x")
+    fake.hear("request")
+    fake.close()
+    reply = client.reply()
+    assert_error(reply, 503, "f1", "look before")
+    assert reply[1]["retry-after"] == "1"
+
+
+def test_an_edge_that_takes_too_long_is_504(edge, raw):
+    client = raw()
+    reply = client.request("GET", "/e1/echo/wait/60", headers=[("X-Request-Timeout", "0.3")])
+    assert_error(reply, 504, "e1")
+    assert client.request("GET", "/e1/echo/hello")[0] == 200
+
+
+def test_fields_of_an_edge_that_mean_something_to_a_browser_are_dropped(fake_edge, raw):
+    fake, client = fake_edge("f1"), raw()
+    fake.hear("topology")
+    client.send_request("GET", "/f1/p/x")
+    fake.say(type="response", req_id=fake.hear("request")["req_id"], status=200, body="<b>",
+             headers={"Set-Cookie": "a=b", "Content-Type": "text/html", "X-Mine": "1",
+                      "Access-Control-Allow-Origin": "*", "Content-Length": "999"})
+    _, fields, _ = client.reply()
+    assert "set-cookie" not in fields and "access-control-allow-origin" not in fields
+    assert fields["x-mine"] == "1" and fields["content-length"] == "3"
+    assert fields["content-security-policy"].startswith("sandbox")
+
+
+def test_the_edge_gets_no_credentials_and_believes_only_the_bridge(fake_edge, raw, tokens):
+    fake, client = fake_edge("f1"), raw(tokens[1]["client"])
+    fake.hear("topology")
+    client.send_request("GET", "/f1/p/x?y", headers=[
+        ("Cookie", "a=b"), ("X-Forwarded-User", "root"), ("Connection", "x-hop"), ("X-Hop", "1"),
+        ("X-Request-ID", "mine-1"), ("TE", "trailers"), ("X-Other", "2")])
+    request = fake.hear("request")
+    assert request["path"] == "/p/x?y"
+    assert request["headers"] == {"x-request-id": "mine-1", "x-forwarded-user": "client-1",
+                                  "x-forwarded-scope": "client", "x-other": "2"}
+    fake.say(type="response", req_id=request["req_id"], status=200)
+    assert client.reply()[1]["x-request-id"] == "mine-1"
+
+
+def test_a_request_id_is_minted_when_the_client_sends_none_or_an_odd_one(bridge, raw):
+    client = raw()
+    ids = {client.request("GET", "/health", headers=headers)[1]["x-request-id"]
+           for headers in ((), [("X-Request-ID", "a b;c")], [("X-Request-ID", "x" * 200)])}
+    assert len(ids) == 3 and all(radical_edge.REQUEST_ID_PATTERN.fullmatch(item) for item in ids)
+
+
+def test_head_is_get_without_the_body(edge, raw):
+    client = raw()
+    for path in ("/health", "/e1/echo/hello"):
+        status, fields, body = client.request("HEAD", path)
+        assert (status, body) == (200, b"") and int(fields["content-length"]) > 0
+    assert client.request("GET", "/health")[0] == 200
+
+
+def test_expect_100_continue_is_answered_or_refused_early(edge, raw):
+    client = raw()
+    head = (f"POST /e1/echo/echo HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {client.token}\r\n"
+            "Expect: 100-continue\r\nContent-Length: 5\r\n\r\n").encode()
+    client.send(head)
+    assert client.reply()[0] == 100
+    client.send(b"hello")
+    assert client.reply()[2] == b"hello"
+    client.send(head.replace(client.token.encode(), b"wrong"))
+    assert_error(client.reply(), 401)
+    assert client.is_closed()
+
+
+def test_bodies_go_through_byte_for_byte(edge, raw):
+    client = raw()
+    for body in (b"\0\xff" * 1000, os.urandom(3_000_000), "grüße".encode()):
+        status, _, found = client.request("POST", "/e1/echo/echo", body)
+        assert status == 200 and found == body
+    client.send(f"POST /e1/echo/echo HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {client.token}\r\n"
+                "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\n\xff\xfe\r\n0\r\n\r\n".encode(
+                    "latin-1"))
+    assert client.reply()[2] == b"abc\xff\xfe"
+
+
+def test_http_1_0_is_answered_and_closed_unless_kept_alive(bridge, raw):
+    client = raw()
+    client.send(b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+    assert client.reply()[1]["connection"] == "keep-alive"
+    client.send(b"GET /health HTTP/1.0\r\n\r\n")
+    assert client.reply()[1]["connection"] == "close"
+    assert client.is_closed()
+
+
+def test_a_request_that_is_never_finished_is_408(tokens, monkeypatch, raw, bridge):
+    monkeypatch.setattr(radical_edge, "HANDSHAKE_S", 0.3)
+    client = raw()
+    client.send(b"GET /health HTTP/1.1\r\nHos")
+    assert_error(client.reply(), 408)
+    assert client.is_closed()
+
+
+# ---------------------------------------------------------------------------
+# Who may do what
+# ---------------------------------------------------------------------------
+
+SCOPES = ("none", "read", "client", "edge", "admin")
+MATRIX = [                                       # route, and the statuses in the order of SCOPES
+    ("GET", "/", (200, 200, 200, 200, 200)), ("GET", "/health", (200, 200, 200, 200, 200)),
+    ("POST", "/logout", (200, 200, 200, 200, 200)),
+    ("POST", "/edge/list", (401, 200, 200, 403, 200)),
+    ("GET", "/edges", (401, 200, 200, 403, 200)), ("GET", "/metrics", (401, 200, 200, 403, 200)),
+    ("GET", "/openapi.json", (401, 200, 200, 403, 200)),
+    ("GET", "/plugins/x.js", (401, 404, 404, 403, 404)),
+    ("GET", "/register", (401, 403, 403, 426, 426)),
+    ("GET", "/e1/echo/hello", (401, 200, 200, 403, 200)),
+    ("POST", "/e1/echo/echo", (401, 403, 200, 403, 200)),
+    ("POST", "/edge/disconnect/nobody", (401, 403, 403, 403, 404)),
+    ("POST", "/bridge/terminate", (401, 403, 403, 403, 200)),
+]
+
+
+@pytest.mark.parametrize("method, path, statuses", MATRIX, ids=[f"{m} {p}" for m, p, _ in MATRIX])
+def test_the_scope_of_a_token_decides(edge, raw, tokens, method, path, statuses):
+    found = tuple(raw(tokens[1].get(scope)).request(method, path)[0] for scope in SCOPES)
+    assert found == statuses
+
+
+def test_the_matrix_names_every_route(bridge):
+    routes = {(route.method, "/" + route.pattern.replace("{name}", "nobody"))
+              for route in bridge._routes.list()}
+    covered = {(method, path.replace("x.js", "nobody.js")) for method, path, _ in MATRIX}
+    assert routes - covered == {("GET", "/events"), ("POST", "/auth")}
+
+
+def test_a_browser_signs_in_with_a_cookie_that_is_not_the_token(bridge, raw, tokens):
+    client = raw(None)
+    token = tokens[1]["client"]
+    status, fields, body = client.request("POST", "/auth", json.dumps({"token": token}).encode())
+    cookie = fields["set-cookie"]
+    assert status == 200 and json.loads(body) == {"name": "client-1", "scope": "client"}
+    assert "HttpOnly" in cookie and "SameSite=Strict" in cookie and token not in cookie
+    signed = [("Cookie", cookie.split(";")[0])]
+    assert client.request("GET", "/edges", headers=signed)[0] == 200
+    forged = [("Cookie", cookie.split(";")[0].replace("client-1", "admin-1"))]
+    assert client.request("GET", "/edges", headers=forged)[0] == 401
+    assert "Max-Age=0" in client.request("POST", "/logout")[1]["set-cookie"]
+    tokens[0].revoke("client-1")
+    wait_until(lambda: client.request("GET", "/edges", headers=signed)[0] == 401)
+
+
+def test_other_sites_cannot_use_a_browser_against_the_bridge(bridge, raw, tokens):
+    client = raw()
+    other = [("Origin", "https://evil.example")]
+    assert_error(client.request("POST", "/edge/list", headers=other), 403, "Origin")
+    same = [("Origin", "http://127.0.0.1")]
+    assert client.request("POST", "/edge/list", headers=same)[0] == 200
+    assert_error(client.request("GET", "/register", headers=[("Upgrade", "websocket"), *other]), 403)
+    rebound = raw(None)
+    rebound.send(b"GET /health HTTP/1.1\r\nHost: evil.example:8000\r\n\r\n")
+    assert_error(rebound.reply(), 403, "--allow-host")
+
+
+def test_a_token_is_added_listed_revoked_and_expires(home):
+    store = TokenStore(home / "t.json")
+    token = store.add("bob", "client")
+    assert (home / "t.json").stat().st_mode & 0o777 == 0o600
+    assert token not in (home / "t.json").read_text()
+    assert store.find(token) == ("bob", "client", "*") and store.find(token + "x") is None
+    short = store.add("short", "read", expires=time.time() + 0.2)
+    assert store.find(short).name == "short"
+    wait_until(lambda: store.find(short) is None)
+    other = TokenStore(home / "t.json")
+    other.revoke("bob")
+    assert store.refresh() and store.find(token) is None
+    for mistake in (lambda: store.add("bob", "king"), lambda: store.add("a b"),
+                    lambda: store.revoke("nobody"), lambda: store.add("short")):
+        with pytest.raises(EdgeError):
+            mistake()
+
+
+def test_a_token_file_that_others_can_read_or_that_is_damaged_is_refused(home):
+    path = home / "t.json"
+    TokenStore(path).add("bob")
+    path.chmod(0o644)
+    with pytest.raises(EdgeError, match="chmod 600"):
+        TokenStore(path)
+    path.chmod(0o600)
+    path.write_text("{not json")
+    with pytest.raises(EdgeError, match="damaged"):
+        TokenStore(path)
+
+
+def test_a_revoked_token_ends_requests_and_links_without_a_restart(edge, bridge, raw, tokens):
+    client = raw(tokens[1]["client"])
+    assert client.request("GET", "/edges")[0] == 200
+    tokens[0].revoke("client-1")
+    tokens[0].revoke("edge-1")
+    wait_until(lambda: client.request("GET", "/edges")[0] == 401)
+    admin = raw()
+    wait_until(lambda: admin.request("GET", "/e1/echo/hello")[0] == 404)
+
+
+def test_a_token_registers_only_names_that_match_its_pattern(bridge, tokens, fake_edge):
+    token = tokens[0].add("hpc", "edge", edges="hpc*")
+    fake_edge("hpc-7", token).hear("topology")
+    refused = fake_edge("other", token)
+    assert "hpc*" in refused.hear("error")["message"]
+    assert refused.hear("none") == {"close": 1008}
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "bridge", "edges", "x" * 65, 7, None])
+def test_an_edge_with_an_impossible_name_is_refused(fake_edge, name):
+    assert "name" in fake_edge(name).hear("error")["message"]
+
+
+# ---------------------------------------------------------------------------
+# Events
+# ---------------------------------------------------------------------------
+
+class Listener:
+    """A raw subscriber; read() returns the next event's value, with its id."""
+
+    def __init__(self, raw_connection, path="/events", headers=(), version="1.1"):
+        self.raw = raw_connection
+        lines = [f"GET {path} HTTP/{version}", "Host: x", f"Authorization: Bearer {self.raw.token}",
+                 *(f"{name}: {value}" for name, value in headers)]
+        self.raw.send("\r\n".join([*lines, "", ""]).encode())
+        self.head = self.raw.reply(head_only=True)
+        self._chunked = version == "1.1"
+        self._parser, self._events = EventParser(), []
+        self.bytes = b""
+
+    def read(self):
+        while not self._events:
+            data = self._chunk() if self._chunked else self.raw.sock.recv(65536)
+            assert data, "the stream ended"
+            self.bytes += data
+            self._events = self._parser.feed(data)
+        event = self._events.pop(0)
+        return {**json.loads(event.data), "id": event.id}
+
+    def notification(self):
+        """Return the data of the next notification."""
+        while True:
+            event = self.read()
+            if event["topic"] == "notification":
+                return event["data"]
+
+    def _chunk(self):
+        while b"\r\n" not in self.raw._buffer:
+            self._more()
+        size, _, rest = self.raw._buffer.partition(b"\r\n")
+        while len(rest) < int(size, 16) + 2:
+            self._more()
+            rest = self.raw._buffer.partition(b"\r\n")[2]
+        self.raw._buffer = rest[int(size, 16) + 2:]
+        return rest[:int(size, 16)]
+
+    def _more(self):
+        data = self.raw.sock.recv(65536)
+        assert data, "the stream ended"
+        self.raw._buffer += data
+
+
+def say(client, sid, text):
+    assert client.request("GET", f"/e1/echo/say/{sid}/{text}")[0] == 200
+
+
+def new_session(client, edge="e1"):
+    return json.loads(client.request("POST", f"/{edge}/echo/register_session")[2])["sid"]
+
+
+def test_events_come_with_the_topology_first_and_numbered(edge, raw):
+    client, listener = raw(), Listener(raw())
+    assert listener.head[1]["content-type"] == "text/event-stream"
+    first = listener.read()
+    assert first["topic"] == "topology" and "echo" in first["data"]["edges"]["e1"]["plugins"]
+    assert first["data"]["edges"]["e1"]["plugins"]["echo"]["namespace"] == "/e1/echo"
+    sid = new_session(client)
+    for text in ("one", "two"):
+        say(client, sid, text)
+    assert listener.notification() == {"edge": "e1", "plugin": "echo", "topic": "said",
+                                       "data": {"text": "one"}}
+    one = int(listener._parser.last_id)
+    listener.notification()
+    assert int(listener._parser.last_id) == one + 1
+    assert b"event:" not in listener.bytes
+
+
+def test_events_are_filtered(edge, raw):
+    client = raw()
+    sid = new_session(client)
+    none = [Listener(raw(), f"/events?{query}") for query in ("edge=e2", "plugin=x", "topic=y")]
+    some = Listener(raw(), "/events?edge=e1&plugin=echo&topic=said")
+    for listener in (*none, some):
+        listener.read()
+    say(client, sid, "hi")
+    assert some.notification()["data"] == {"text": "hi"}
+    for listener in none:
+        listener.raw.sock.settimeout(0.05)
+        with pytest.raises(socket.timeout):
+            while listener.read()["topic"] == "topology":
+                pass
+
+
+def test_a_subscriber_that_comes_back_gets_what_it_missed_or_is_told_of_a_gap(edge, raw, bridge):
+    client, listener = raw(), Listener(raw())
+    sid = new_session(client)
+    say(client, sid, "one")
+    listener.notification()
+    last = listener._parser.last_id
+    listener.raw.close()
+    say(client, sid, "two")
+    again = Listener(raw(), headers=[("Last-Event-ID", last)])
+    assert again.read()["topic"] == "topology"
+    assert again.notification()["data"] == {"text": "two"}
+    old = Listener(raw(), headers=[("Last-Event-ID", str(int(last) - 10))])
+    assert old.read()["topic"] == "topology"
+    gap = old.read()
+    assert gap["topic"] == "gap" and gap["data"] == {"from": int(last) - 9, "to": int(last) - 1}
+    assert old.notification()["data"] == {"text": "one"}
+
+
+def test_http_1_0_gets_the_events_without_chunks(edge, raw):
+    listener = Listener(raw(), version="1.0")
+    assert "transfer-encoding" not in listener.head[1]
+    assert listener.read()["topic"] == "topology"
+
+
+def test_a_comment_keeps_the_stream_alive(tokens):
+    running = Bridge(port=0, tokens=tokens[0], heartbeat=0.1).start()
+    try:
+        connection = Raw(running, tokens[1]["read"])
+        listener = Listener(connection)
+        assert listener._chunk().startswith(b"data: ")
+        assert listener._chunk() == b": still here\n\n"
+        connection.close()
+    finally:
+        assert running.stop()
+
+
+def test_a_subscriber_that_does_not_read_is_cut_off_and_delays_nobody(fake_edge, raw, bridge):
+    fake = fake_edge("f1")
+    stuck, reading = Listener(raw()), Listener(raw())
+    for listener in (stuck, reading):
+        listener.read()
+    count, text = 300, "x" * 50_000
+
+    def send():
+        for number in range(count):
+            fake.say(type="notification", plugin="p", topic="t", data={"n": number, "text": text})
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    found = []
+    while len(found) < count:
+        found.append(reading.notification()["data"]["n"])
+    sender.join()
+    assert found == list(range(count))
+    wait_until(lambda: len(bridge._hub.subscribers) == 1, what="the end of the stuck one")
+
+
+def test_two_thousand_subscribers_cost_no_thread(edge, raw, bridge):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 5000:
+        pytest.skip("needs 5,000 open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (5000 if hard == resource.RLIM_INFINITY else hard,
+                                                hard))
+    before, client = threading.active_count(), raw()
+    request = (f"GET /events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {client.token}\r\n\r\n"
+               ).encode()
+    sockets = []
+    try:
+        for _ in range(2000):
+            sockets.append(socket.create_connection(("127.0.0.1", client.port), timeout=10))
+            sockets[-1].sendall(request)
+        wait_until(lambda: len(bridge._hub.subscribers) == 2000, 30)
+        wait_until(lambda: threading.active_count() <= before + 5)
+        say(client, new_session(client), "all")
+        for sock in sockets:
+            data = b""
+            while b'"text":"all"' not in data:
+                data += sock.recv(65536)
+    finally:
+        for sock in sockets:
+            sock.close()
+        wait_until(lambda: not bridge._hub.subscribers, 30)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# ---------------------------------------------------------------------------
+# Plugins and sessions
+# ---------------------------------------------------------------------------
+
+def as_user(scope="client", name=None):
+    """Return the headers that a bridge sends for a caller."""
+    return {"x-forwarded-user": name or f"{scope}-1", "x-forwarded-scope": scope}
+
+
+@pytest.fixture
+def host(home):
+    """A plugin host without a bridge, and the notifications that it passed on."""
+    said = []
+    running = radical_edge.PluginHost("e1", "edge", home / "state", changed=lambda: None,
+                                      notify=lambda *args: said.append(args))
+    running.said = said
+    yield running
+    assert running.stop()
+
+
+def ask(host, method, path, body=None, headers=()):
+    """Dispatch a request to a host; return (status, JSON value)."""
+    answers = []
+    content = b"" if body is None else json.dumps(body).encode()
+    host.dispatch(radical_edge.EdgeRequest("1", method, path, dict(headers), content),
+                  answers.append)
+    (answer,) = wait_until(lambda: answers, 20)
+    return answer.status_code, json.loads(answer.body) if answer.body else None
+
+
+def test_every_plugin_has_its_built_in_routes(host):
+    host.add(EchoPlugin)
+    sid = ask(host, "POST", "/echo/register_session")[1]["sid"]
+    assert ask(host, "GET", "/echo/list_sessions")[1] == {"sessions": [sid]}
+    assert ask(host, "GET", "/echo/version")[1] == {"version": "0.0.1"}
+    health = ask(host, "GET", "/echo/health")[1]
+    assert health["status"] == "healthy" and health["active_sessions"] == 1
+    assert ask(host, "GET", "/echo/ui_config") == (200, {})
+    assert ask(host, "POST", f"/echo/unregister_session/{sid}")[1] == {"ok": True}
+    assert ask(host, "POST", f"/echo/unregister_session/{sid}")[0] == 404
+
+
+def test_a_session_belongs_to_the_token_that_made_it(host):
+    host.add(EchoPlugin)
+    sid = ask(host, "POST", "/echo/register_session", headers=as_user(name="alice"))[1]["sid"]
+    for headers, status in ((as_user(name="alice"), 200), (as_user(name="bob"), 403),
+                            (as_user("admin"), 200)):
+        assert ask(host, "GET", f"/echo/say/{sid}/x", headers=headers)[0] == status
+    assert ask(host, "GET", "/echo/list_sessions", headers=as_user(name="bob"))[1] == {
+        "sessions": []}
+    assert ask(host, "POST", f"/echo/unregister_session/{sid}", headers=as_user(name="bob"))[0] == 403
+
+
+class ShortSession(PluginSession):
+    """A session whose end the tests watch."""
+    busy = False
+    closed = threading.Event()
+
+    def is_busy(self):
+        return self.busy
+
+    async def close(self):
+        self.closed.set()
+        return await super().close()
+
+
+def test_a_session_expires_without_use_unless_it_is_busy(host):
+    class Short(Plugin):
+        session_class = ShortSession
+        session_ttl = 0.2
+
+    ShortSession.closed.clear()
+    ShortSession.busy = True
+    host.add(Short, "short")
+    sid = ask(host, "POST", "/short/register_session")[1]["sid"]
+    assert not ShortSession.closed.wait(0.6)
+    ShortSession.busy = False
+    assert ShortSession.closed.wait(10)
+    status, value = ask(host, "POST", f"/short/unregister_session/{sid}")
+    assert status == 410 and "expired" in value["detail"]
+
+
+class KeptSession(PluginSession):
+    """A session with an argument and a state."""
+
+    def __init__(self, sid, color="red"):
+        super().__init__(sid)
+        self.color, self.count = color, 0
+
+    async def add(self):
+        self.count += 1
+        self.keep()
+        return {"color": self.color, "count": self.count}
+
+    def snapshot(self):
+        return {"count": self.count}
+
+    def restore(self, state):
+        self.count = state["count"]
+
+
+class KeptPlugin(Plugin):
+    """Used by the next tests; loaded under an instance name, for it has no plugin_name."""
+    session_class = KeptSession
+
+    @post("add/{sid}")
+    async def add(self, request):
+        return await self._forward(request.path_params["sid"], KeptSession.add)
+
+
+def test_sessions_survive_a_restart_with_owner_arguments_and_state(home):
+    sids = []
+    for expected in (1, 2):
+        host = radical_edge.PluginHost("e1", "edge", home / "state", changed=lambda: None,
+                                       notify=lambda *args: None)
+        host.add(KeptPlugin, "kept")
+        alice = as_user(name="alice")
+        if not sids:
+            sids.append(ask(host, "POST", "/kept/register_session", {"color": "blue"}, alice)[1])
+        path = f"/kept/add/{sids[0]['sid']}"
+        assert ask(host, "POST", path, headers=alice)[1] == {"color": "blue", "count": expected}
+        assert ask(host, "POST", path, headers=as_user(name="bob"))[0] == 403
+        assert host.stop()
+
+
+def test_a_handler_may_be_plain_or_async_and_a_coroutine_runs_on_the_plugins_own_loop(host):
+    class Where(Plugin):
+        @get("async")
+        async def in_loop(self, request):
+            return {"thread": threading.current_thread().name}
+
+        @get("plain")
+        def in_worker(self, request):
+            return [threading.current_thread().name]
+
+    host.add(Where, "one")
+    assert ask(host, "GET", "/one/async")[1] == {"thread": "plugin-one"}
+    assert ask(host, "GET", "/one/plain")[1] == ["plugin-one-worker"]
+
+
+def test_decorator_and_plugin_name_both_register(host):
+    @radical_edge.plugin("decorated")
+    class Decorated(Plugin):
+        pass
+
+    class Named(Plugin):
+        plugin_name = "named"
+
+    try:
+        assert Plugin.get_plugin_class("decorated") is Decorated
+        assert Plugin.get_plugin_class("named") is Named
+        assert {"decorated", "named"} <= set(Plugin.get_plugin_names())
+        made = host.add(Decorated)
+        assert (made.instance_name, made.namespace) == ("decorated", "/decorated")
+        assert host.add(Decorated, "second").uid != made.uid
+        with pytest.raises(radical_edge.Conflict):
+            host.add(Decorated)
+    finally:
+        del Plugin._registry["decorated"], Plugin._registry["named"]
+
+
+def test_a_plugin_that_is_not_for_this_machine_says_why(host):
+    class Off(Plugin):
+        plugin_name = "off"
+        why_disabled = "there is no scheduler here"
+
+        def is_enabled(self):
+            return False
+
+    try:
+        host.load(["off"])
+    finally:
+        del Plugin._registry["off"]
+    status, value = ask(host, "GET", "/off/version")
+    assert status == 404 and "there is no scheduler here" in value["detail"]
+    assert host.describe() == {}
+
+
+def test_a_client_managed_plugin_has_the_older_routes(host):
+    host.add(radical_edge.ClientManagedPlugin, "old")
+    cid = ask(host, "POST", "/old/register_client")[1]["cid"]
+    assert ask(host, "GET", f"/old/echo/{cid}?q=hi")[1] == {"cid": cid, "echo": "hi"}
+    assert ask(host, "GET", f"/old/echo/{cid}")[1] == {"cid": cid, "echo": "hello"}
+    assert ask(host, "POST", f"/old/unregister_client/{cid}")[1] == {"ok": True}
+    assert ask(host, "GET", f"/old/echo/{cid}")[0] == 404
+
+
+def test_notifications_are_sent_from_the_loop_from_threads_and_with_await(host):
+    class Noisy(Plugin):
+        @get("loop")
+        async def from_loop(self, request):
+            await self.send_notification("t", {"n": 1})
+            thread = threading.Thread(target=self._dispatch_notify, args=("t", {"n": 2}))
+            thread.start()
+            thread.join()
+            return {}
+
+        @get("worker")
+        def from_worker(self, request):
+            self._dispatch_notify("t", {"n": 3})
+            return {}
+
+    host.add(Noisy, "noisy")
+    ask(host, "GET", "/noisy/loop")
+    ask(host, "GET", "/noisy/worker")
+    assert host.said == [("noisy", "t", {"n": number}) for number in (1, 2, 3)]
+
+
+def test_plugins_are_selected_by_name_or_unique_prefix():
+    radical_edge.load_builtin_plugins()
+    assert radical_edge.select_plugins(["sys", "psij"]) == ["sysinfo", "psij"]
+    with pytest.raises(ValueError, match="no plugin"):
+        radical_edge.select_plugins(["nonsense"])
+
+
+def test_a_plugin_file_that_fails_is_named(tmp_path):
+    (tmp_path / "bad.py").write_text("1/0")
+    with pytest.raises(ValueError, match="bad.py.*ZeroDivisionError"):
+        radical_edge.load_plugin_file(str(tmp_path / "bad.py"))
+
+
+def test_an_entry_point_adds_a_plugin(tmp_path, monkeypatch):
+    (tmp_path / "their_plugin.py").write_text(
+        "import radical_edge\n@radical_edge.plugin('theirs')\nclass Theirs(radical_edge.Plugin):\n"
+        "    pass\n")
+    info = tmp_path / "their_plugin-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-plugin\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[radical.edge.plugins]\ntheirs = their_plugin:Theirs\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    radical_edge.load_entry_points()
+    try:
+        assert Plugin.get_plugin_class("theirs").__name__ == "Theirs"
+    finally:
+        Plugin._registry.pop("theirs", None)
+
+
+# ---------------------------------------------------------------------------
+# The edge and its link
+# ---------------------------------------------------------------------------
+
+def start_edge(bridge, tokens, name="e1", **options):
+    running = Edge(bridge.url, name, plugins=["echo"], token=tokens[1]["edge"], **options).start()
+    assert running.online.wait(10)
+    return running
+
+
+@pytest.mark.parametrize("path", ["/e1/echo/plain/4", "/e1/echo/block/4"])
+def test_a_handler_that_blocks_loses_no_heartbeat_and_holds_up_no_other_plugin(tokens, path):
+    """With a heartbeat of 0.25 s, a link is dead after 0.5 s of silence."""
+    bridge = Bridge(port=0, tokens=tokens[0], heartbeat=0.25).start()
+    edge = start_edge(bridge, tokens, heartbeat=0.25)
+    try:
+        edge.host.add(EchoPlugin, "other")
+        blocked, client = Raw(bridge, tokens[1]["admin"]), Raw(bridge, tokens[1]["admin"])
+        wait_until(lambda: client.request("GET", "/e1/other/hello")[0] == 200)
+        blocked.send_request("GET", path)
+        end = time.monotonic() + 2.0
+        while time.monotonic() < end:
+            assert client.request("GET", "/e1/other/hello")[0] == 200
+        assert bridge.counters._counts["links_lost_total", ""] == 0
+        blocked.close()
+        client.close()
+    finally:
+        edge.stop()                               # a plugin may be stuck in its handler
+        assert bridge.stop()
+        for thread in threading.enumerate():      # one sleeps still: let none be left
+            if thread.name.startswith("plugin-echo"):
+                thread.join(10)
+
+
+def test_an_edge_comes_back_when_its_bridge_does(tokens):
+    bridge = Bridge(port=0, tokens=tokens[0]).start()
+    port = bridge._listener.server_address[1]
+    edge = start_edge(bridge, tokens)
+    try:
+        assert bridge.stop()
+        bridge = Bridge(port=port, tokens=tokens[0]).start()
+        client = Raw(bridge, tokens[1]["admin"])
+        wait_until(lambda: client.request("GET", "/e1/echo/hello")[0] == 200)
+        client.close()
+    finally:
+        assert edge.stop()
+        assert bridge.stop()
+
+
+def test_notifications_of_a_time_without_bridge_arrive_later_in_order(tokens):
+    bridge = Bridge(port=0, tokens=tokens[0]).start()
+    port = bridge._listener.server_address[1]
+    edge = start_edge(bridge, tokens)
+    try:
+        assert bridge.stop()
+        for number in range(50):
+            edge.host.notify("echo", "count", {"n": number})
+        bridge = Bridge(port=port, tokens=tokens[0]).start()
+        wait_until(lambda: len(bridge._hub.log._events) == 50)
+        listener = Listener(Raw(bridge, tokens[1]["admin"]), headers=[("Last-Event-ID", "1")])
+        assert [listener.notification()["data"]["n"] for _ in range(50)] == list(range(50))
+        listener.raw.close()
+    finally:
+        assert edge.stop()
+        assert bridge.stop()
+
+
+def test_the_same_instance_replaces_its_stale_link_and_another_is_refused(bridge, tokens, fake_edge):
+    first = fake_edge("twin", instance="a", wire=[1])
+    assert first.hear("registered")["edge_name"] == "twin"
+    assert "already used" in fake_edge("twin", instance="b").hear("error")["message"]
+    assert "already used" in fake_edge("twin").hear("error")["message"]
+    fake_edge("twin", instance="a", wire=[1]).hear("registered")
+    assert "took over" in first.hear("shutdown")["reason"]
+    assert first.hear("none") == {"close": 4001}
+
+
+def test_plugins_come_and_go_at_run_time_and_the_topology_follows(edge, bridge, raw):
+    listener = Listener(raw())
+    edge.host.add(EchoPlugin, "late")
+
+    def wait_for(present):
+        while ("late" in listener.read()["data"]["edges"]["e1"]["plugins"]) != present:
+            pass
+
+    wait_for(True)
+    client = raw()
+    assert client.request("GET", "/e1/late/hello")[0] == 200
+    edge.host.remove("late")
+    wait_for(False)
+    assert client.request("GET", "/e1/late/hello")[0] == 404
+
+
+def test_plugins_are_told_of_other_edges(bridge, tokens, fake_edge):
+    seen = []
+
+    class Watcher(Plugin):
+        async def on_topology_change(self, edges):
+            seen.append(edges)
+
+    edge = start_edge(bridge, tokens)
+    try:
+        edge.host.add(Watcher, "watcher")
+        fake_edge("f1").hear("topology")
+        wait_until(lambda: seen and seen[-1].get("f1") == {"plugins": ["p"]})
+        assert "watcher" in seen[-1]["e1"]["plugins"]
+    finally:
+        assert edge.stop()
+
+
+class Relay:
+    """A TCP relay in front of a port. It can stop forwarding without closing, and speak CONNECT."""
+
+    def __init__(self, port, *, prefix=None, connect_host=None):
+        self._port, self._prefix, self._connect_host = port, prefix, connect_host
+        self.frozen = False
+        self.asked = []
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port = self._server.getsockname()[1]
+        self._sockets = []
+        self._thread = threading.Thread(target=self._accept)
+        self._threads = [self._thread]
+        self._thread.start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near = self._server.accept()[0]
+                far = socket.create_connection(("127.0.0.1", self._port))
+                self._sockets += [near, far]
+                with contextlib.suppress(OSError):
+                    self._open(near, far)
+                    for pair in ((near, far), (far, near)):
+                        thread = threading.Thread(target=self._copy, args=pair)
+                        self._threads.append(thread)
+                        thread.start()
+
+    def _open(self, near, far):
+        if self._connect_host is None and self._prefix is None:
+            return
+        data = b""
+        while b"\r\n\r\n" not in data:
+            data += near.recv(65536)
+        self.asked.append(data.split(b"\r\n")[0].decode())
+        if self._connect_host is not None:
+            assert self.asked[-1].startswith(f"CONNECT {self._connect_host}:")
+            near.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        else:
+            far.sendall(data.replace(b" " + self._prefix.encode(), b" ", 1))
+
+    def _copy(self, source, target):
+        with contextlib.suppress(OSError):
+            while True:
+                data = source.recv(65536)
+                if not data:
+                    break
+                if not self.frozen:
+                    target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        for sock in [self._server, *self._sockets]:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        for thread in self._threads:
+            thread.join(10)
+
+
+def test_both_sides_notice_a_link_that_is_half_open(tokens):
+    bridge = Bridge(port=0, tokens=tokens[0], heartbeat=0.2).start()
+    relay = Relay(bridge._listener.server_address[1])
+    edge = Edge(f"http://127.0.0.1:{relay.port}", "e1", plugins=["echo"], token=tokens[1]["edge"],
+                heartbeat=0.2).start()
+    try:
+        assert edge.online.wait(10)
+        wait_until(lambda: "e1" in bridge._registry.links)
+        relay.frozen = True
+        wait_until(lambda: "e1" not in bridge._registry.links)
+        wait_until(lambda: edge._links[0].state.name != "OPEN")
+        relay.frozen = False
+        wait_until(lambda: "e1" in bridge._registry.links)
+    finally:
+        assert edge.stop()
+        assert bridge.stop()
+        relay.close()
+
+
+def test_an_edge_goes_through_a_proxy_that_knows_the_bridge_by_name(bridge, tokens, monkeypatch):
+    relay = Relay(bridge._listener.server_address[1], connect_host="bridge.test")
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{relay.port}")
+    monkeypatch.setenv("RADICAL_BRIDGE_INSECURE", "1")
+    edge = Edge("http://bridge.test:8000", "far", plugins=["echo"],
+                token=tokens[1]["edge"]).start()
+    try:
+        assert edge.online.wait(10)
+        assert relay.asked == ["CONNECT bridge.test:8000 HTTP/1.1"]
+        monkeypatch.setenv("no_proxy", "bridge.test")
+        assert radical_edge.find_proxy(radical_edge.parse_bridge_url("http://bridge.test")) is None
+    finally:
+        assert edge.stop()
+        relay.close()
+
+
+def test_edge_and_client_work_under_a_path_prefix(bridge, tokens):
+    relay = Relay(bridge._listener.server_address[1], prefix="/site/edge")
+    url = f"http://127.0.0.1:{relay.port}/site/edge"
+    edge = Edge(url, "e1", plugins=["echo"], token=tokens[1]["edge"]).start()
+    try:
+        assert edge.online.wait(10)
+        assert radical_edge.list_edges(url=url) == ["e1"]
+        assert relay.asked[0] == "GET /site/edge/register HTTP/1.1"
+    finally:
+        assert edge.stop()
+        relay.close()
+
+
+def test_a_client_does_not_send_its_token_in_the_clear():
+    with pytest.raises(ValueError, match="unencrypted"):
+        radical_edge.list_edges(url="http://bridge.example:8000", token="secret")
+
+
+def test_the_bridge_hosts_plugins_itself(tokens):
+    bridge = Bridge(port=0, tokens=tokens[0], plugins=["echo"]).start()
+    try:
+        client = Raw(bridge, tokens[1]["client"])
+        assert json.loads(client.request("GET", "/bridge/echo/hello")[2])["user"] == "client-1"
+        listener = Listener(Raw(bridge, tokens[1]["client"]))
+        say_path = f"/bridge/echo/say/{new_session(client, 'bridge')}/x"
+        assert client.request("GET", say_path)[0] == 200
+        assert listener.notification()["edge"] == "bridge"
+        edges = json.loads(client.request("POST", "/edge/list")[2])["data"]["edges"]
+        assert edges["bridge"]["plugins"]["echo"]["namespace"] == "/bridge/echo"
+        assert_error(client.request("GET", "/bridge/echo/crash"), 500)
+        for connection in (client, listener.raw):
+            connection.close()
+    finally:
+        assert bridge.stop()
+
+
+def test_an_edge_is_told_to_end_and_does_not_come_back(bridge, tokens, raw):
+    ended = threading.Event()
+    edge = start_edge(bridge, tokens, on_end=ended.set)
+    client = raw()
+    wait_until(lambda: client.request("GET", "/e1/echo/hello")[0] == 200)
+    assert json.loads(client.request("POST", "/edge/disconnect/e1")[2]) == {
+        "status": "shutdown", "edge": "e1"}
+    assert ended.wait(10)
+    assert edge.stop()
+
+
+def test_a_hostile_bridge_does_not_break_an_edge(tokens, home):
+    """Whatever a bridge sends, the edge leaves it and tries again."""
+    sync = pytest.importorskip("websockets.sync.server", reason="needs websockets")
+    nonsense = ["{", "[]", '{"type": "request"}', '{"type": "request", "req_id": 1}', b"\xc1",
+                '{"type": "topology", "edges": 7}', '{"type": "error", "message": {"a": 1}}']
+    connections = []
+
+    def serve(link):
+        link.recv(10)
+        connections.append(link)
+        if len(connections) <= len(nonsense):
+            link.send(nonsense[len(connections) - 1])
+        with contextlib.suppress(Exception):      # what it ignores, it goes on after
+            link.recv(0.2)
+
+    with sync.serve(serve, "127.0.0.1", 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        before = radical_edge.BACKOFF_S
+        radical_edge.BACKOFF_S = (0.01, 0.02)
+        edge = Edge(f"http://127.0.0.1:{server.socket.getsockname()[1]}", "e1", plugins=["echo"])
+        edge.start()
+        try:
+            wait_until(lambda: len(connections) >= len(nonsense), 20)
+        finally:
+            radical_edge.BACKOFF_S = before
+            assert edge.stop()
+            server.shutdown()
+            thread.join()
+
+
+# ---------------------------------------------------------------------------
+# The client
+# ---------------------------------------------------------------------------
+
+def test_the_functions_find_bridge_and_token_by_themselves(edge, bridge, home):
+    radical_edge.write_private(home / ".radical/edge/url", bridge.url + "\n")
+    assert radical_edge.list_edges() == ["e1"]
+    assert radical_edge.list_plugins("e1")["echo"]["type"] == "echo"
+    assert radical_edge.call("e1", "echo", "hello", params={"a": 1})["query"] == {"a": "1"}
+    assert radical_edge.call("e1", "echo", "json", {"b": [2]}) == {"got": {"b": [2]}}
+    with pytest.raises(radical_edge.NotFound, match="there are: e1"):
+        radical_edge.list_plugins("e2")
+
+
+def test_an_error_carries_status_detail_and_request_id(edge, bridge):
+    with pytest.raises(radical_edge.Conflict) as caught:
+        radical_edge.call("e1", "echo", "fail/409", url=bridge.url)
+    assert (caught.value.status, caught.value.detail) == (409, "as you asked")
+    assert radical_edge.REQUEST_ID_PATTERN.fullmatch(caught.value.request_id)
+    assert isinstance(caught.value, RuntimeError)
+    with pytest.raises(radical_edge.Unavailable, match="is the bridge running"):
+        radical_edge.list_edges(url="http://127.0.0.1:1")
+
+
+def test_a_client_keeps_its_connection(edge, bridge):
+    with BridgeClient(bridge.url) as client:
+        echo = client.get_edge_client("e1").get_plugin("echo")
+        for _ in range(20):
+            assert echo._get("hello")["user"] == "admin-1"
+        assert len(bridge.connections) <= 2       # the client's and the edge's
+        echo.close()
+
+
+def test_a_client_is_used_by_many_threads(edge, bridge):
+    found = []
+    with BridgeClient(bridge.url) as client:
+        def work(number):
+            for _ in range(10):
+                reply = client.http.post("/e1/echo/json", json={"n": number})
+                found.append(reply.json()["got"]["n"] == number)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == [True] * 160
+
+
+def test_no_event_is_missed_between_subscribing_and_acting(edge, bridge):
+    for number in range(20):
+        with BridgeClient(bridge.url) as client:
+            echo, said = client.get_edge_client("e1").get_plugin("echo"), []
+            echo.register_notification_callback(lambda *args: said.append(args[3]), topic="said")
+            echo._get(f"say/{echo.sid}/{number}")
+            wait_until(lambda: said)
+            assert said == [{"text": str(number)}]
+            echo.close()
+
+
+def test_callbacks_are_called_by_edge_plugin_and_topic(edge, bridge, fake_edge):
+    fake = fake_edge("f1")
+    fake.hear("topology")
+    with BridgeClient(bridge.url) as client:
+        calls = {name: [] for name in ("all", "edge", "plugin", "topic", "none")}
+
+        def collect(name):
+            return lambda *args: calls[name].append(args)
+
+        client.register_callback(callback=collect("all"))
+        client.register_callback("f1", callback=collect("edge"))
+        client.register_callback(plugin_name="p", callback=collect("plugin"))
+        client.register_callback(topic="t", callback=lambda *args: 1 / 0)        # harms nobody
+        client.register_callback("f1", "p", "t", collect("topic"))
+        client.register_callback("f1", "p", "other", collect("none"))
+        gone = collect("none")
+        client.register_callback(callback=gone)
+        client.unregister_callback(callback=gone)
+        fake.say(type="notification", plugin="p", topic="t", data={"n": 1})
+        wait_until(lambda: calls["topic"])
+        wanted = [("f1", "p", "t", {"n": 1})]
+        assert calls == {"all": wanted, "edge": wanted, "plugin": wanted, "topic": wanted, "none": []}
+
+
+def test_topology_callbacks_are_called_at_once_and_on_changes(bridge, fake_edge):
+    with BridgeClient(bridge.url) as client:
+        seen = []
+        client.register_topology_callback(seen.append)
+        wait_until(lambda: seen)
+        fake_edge("f1")
+        wait_until(lambda: "f1" in seen[-1])
+
+
+def test_an_event_stream_goes_on_after_the_bridge_was_restarted(tokens):
+    bridge = Bridge(port=0, tokens=tokens[0]).start()
+    port, found = bridge._listener.server_address[1], []
+    stream = radical_edge.EventStream(radical_edge.find_bridge(bridge.url))
+
+    def read():
+        for event in stream:
+            found.append(event)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        wait_until(lambda: found)
+        assert bridge.stop()
+        bridge = Bridge(port=port, tokens=tokens[0]).start()
+        wait_until(lambda: len(found) > 1)
+        bridge._thread.call(bridge._hub.publish, "e", "p", "t", {"n": 1})
+        wait_until(lambda: found[-1]["topic"] == "notification")
+    finally:
+        stream.close()
+        thread.join()
+        assert bridge.stop()
+
+
+def test_a_stream_that_is_refused_raises(bridge):
+    with pytest.raises(radical_edge.Unauthorized):
+        next(radical_edge.events(url=bridge.url, token="wrong"))
+    with BridgeClient(bridge.url, token="wrong") as client:
+        with pytest.raises(radical_edge.Unauthorized):
+            client.register_callback(callback=print)
+
+
+# ---------------------------------------------------------------------------
+# sysinfo
+# ---------------------------------------------------------------------------
+
+def shape(value):
+    """Return the types of a value, recursively; of lists, of the first item."""
+    if isinstance(value, dict):
+        return {key: shape(item) for key, item in sorted(value.items())}
+    if isinstance(value, list):
+        return [shape(item) for item in value[:1]]
+    return "number" if isinstance(value, (int, float)) else type(value).__name__
+
+
+def test_sysinfo_gives_every_key_and_strict_json():
+    metrics = plugins.SysInfoProvider().get_metrics()
+    assert set(metrics) == {"system", "cpu", "memory", "disks", "network", "gpus"}
+    assert set(metrics["system"]) == {"hostname", "uptime", "kernel", "arch"}
+    assert set(metrics["cpu"]) == {"model", "vendor", "cores_physical", "cores_logical", "percent",
+                                   "load_avg", "freq_mhz"}
+    assert set(metrics["memory"]) == {"total", "available", "percent", "used"}
+    for disk in metrics["disks"]:
+        assert set(disk) == {"mount", "device", "fstype", "type", "total", "used", "percent"}
+    for network in metrics["network"]:
+        assert set(network) == {"interface", "ip", "mac", "rx_bytes", "tx_bytes", "speed_mbps"}
+    json.dumps(metrics, allow_nan=False)
+    assert 0 <= metrics["cpu"]["percent"] <= 100 and metrics["memory"]["total"] > 2 ** 20
+
+
+def test_sysinfo_is_the_same_with_psutil_and_without():
+    psutil = pytest.importorskip("psutil", reason="needs psutil")
+    ours = plugins.SysInfoProvider(use_psutil=False).get_metrics()
+    theirs = plugins.SysInfoProvider(use_psutil=True).get_metrics()
+    assert shape(ours) == shape(theirs)
+    for path in (("memory", "total"), ("cpu", "cores_physical"), ("cpu", "cores_logical"),
+                 ("system", "hostname")):
+        assert ours[path[0]][path[1]] == theirs[path[0]][path[1]]
+    assert ours["memory"]["total"] == psutil.virtual_memory().total
+    assert abs(ours["memory"]["available"] - psutil.virtual_memory().available) < 2 ** 30
+    for disk in ours["disks"]:
+        usage = psutil.disk_usage(disk["mount"])
+        assert (disk["total"], round(disk["percent"])) == (usage.total, round(usage.percent))
+
+
+MOUNTS = r"""rootfs / rootfs rw 0 0
+/dev/sda1 / ext4 rw 0 0
+/dev/sda1 /mnt/again ext4 rw 0 0
+proc /proc proc rw 0 0
+tmpfs /tmp tmpfs rw 0 0
+server:/home /home/with\040space nfs4 rw 0 0
+10.0.0.1@tcp:/scratch /scratch lustre rw 0 0
+/dev/loop3 /snap/core/1 squashfs ro 0 0
+overlay /box overlay rw 0 0
+nonsense
+"""
+
+
+def test_mounts_are_those_that_hold_data_once_each():
+    nodev = plugins.parse_nodev("nodev\ttmpfs\nnodev\tproc\nnodev\trootfs\nnodev\tnfs4\n"
+                                "nodev\tlustre\nnodev\toverlay\n\text4\n")
+    found = {mount.mount: mount.fstype for mount in plugins.parse_mounts(MOUNTS, nodev)}
+    assert found == {"/": "ext4", "/home/with space": "nfs4", "/scratch": "lustre",
+                     "/box": "overlay"}
+    assert plugins.classify_disk("server:/home", "nfs4") == "shared"
+    assert plugins.classify_disk("overlay", "overlay") == "unknown"
+    assert plugins.classify_disk("/dev/nosuch", "ext4") == "local unknown"
+
+
+def test_memory_and_cpu_are_read_from_proc():
+    text = "MemTotal: 1000 kB\nMemFree: 100 kB\nBuffers: 50 kB\nCached: 150 kB\n"
+    assert plugins.parse_meminfo(text) == {"total": 1024000, "available": 307200, "percent": 70.0,
+                                           "used": 716800}
+    assert plugins.parse_meminfo(text + "MemAvailable: 500 kB\n")["available"] == 512000
+    assert plugins.parse_meminfo("")["total"] == 0
+    assert plugins.parse_cpu_times("cpu  10 1 4 80 5 0 0 0 9 9\ncpu0 1") == (15, 100)
+    info = plugins.parse_cpuinfo("model name\t: A\nphysical id\t: 0\ncore id\t: 0\n\n"
+                                 "model name\t: A\nphysical id\t: 0\ncore id\t: 0\n\n"
+                                 "physical id\t: 1\ncore id\t: 0\nvendor_id\t: V\n")
+    assert info == {"model": "A", "vendor": "V", "cores_physical": 2}
+    assert plugins.parse_net_dev("h\nh\n eth0: 10 0 0 0 0 0 0 0 20 0\nbad\n") == {"eth0": (10, 20)}
+
+
+NVIDIA_SMI = """#!/bin/sh
+case "$1" in
+*uuid*) echo "0, NVIDIA A100-SXM4-40GB, 535.104.05, GPU-1f2e"
+        echo "1, NVIDIA A100-SXM4-40GB, 535.104.05, GPU-3d4c" ;;
+*utilization*) echo "0, 37, 12, 40960, 1024, 39936"
+               echo "1, [N/A], [Not Supported], 40960, 0, 40960" ;;
+esac
+"""
+ROCM_SMI = """#!/bin/sh
+case "$*" in
+*productname*) echo '{"card0": {"Card series": "AMD Instinct MI250X", "Unique ID": "0xabc"},'
+               echo ' "system": {"Driver version": "6.3.6"}}' ;;
+*showuse*) echo '{"card0": {"GPU use (%)": "55", "VRAM Total Memory (B)": "68702699520",'
+           echo ' "VRAM Total Used Memory (B)": "1073741824"}}' ;;
+esac
+"""
+
+
+def make_program(folder, name, text):
+    path = folder / name
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def test_gpus_are_read_from_the_vendors_tools(tmp_path, monkeypatch):
+    monkeypatch.setenv("NVIDIA_SMI_PATH", str(make_program(tmp_path, "my-smi", NVIDIA_SMI)))
+    make_program(tmp_path, "rocm-smi", ROCM_SMI)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    one, two, amd = plugins.SysInfoProvider().get_metrics()["gpus"]
+    assert one == {"id": "nvidia-0", "index": 0, "name": "NVIDIA A100-SXM4-40GB", "uuid": "GPU-1f2e",
+                   "driver_version": "535.104.05", "vendor": "NVIDIA", "util_gpu": 37.0,
+                   "util_mem": 12.0, "mem_total": 40960.0, "mem_used": 1024.0, "mem_free": 39936.0}
+    assert two["util_gpu"] is None and two["util_mem"] is None and two["mem_free"] == 40960.0
+    assert (amd["name"], amd["driver_version"], amd["util_gpu"], amd["mem_used"]) == (
+        "AMD Instinct MI250X", "6.3.6", 55.0, 1024.0)
+
+
+def test_a_gpu_tool_that_hangs_is_killed_and_delays_the_answer_only_so_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(plugins, "COMMAND_S", 0.3)
+    pid = tmp_path / "pid"
+    program = make_program(tmp_path, "my-smi", f"#!/bin/sh\necho $$ > {pid}\nsleep 60 & wait\n")
+    monkeypatch.setenv("NVIDIA_SMI_PATH", str(program))
+    begin = time.monotonic()
+    assert plugins.run_command([str(program)], 0.3) is None
+    assert time.monotonic() - begin < 5
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_a_mount_that_hangs_does_not_hang_the_answer_and_is_asked_once(monkeypatch):
+    monkeypatch.setattr(plugins, "DISKS_S", 0.2)
+    release, asked = threading.Event(), []
+
+    def statvfs(path):
+        asked.append(path)
+        if path == "/hung":
+            release.wait(30)
+        return os.statvfs("/")
+
+    disks = plugins._Disks(statvfs)
+    mounts = [plugins.Mount("/dev/x", "/", "ext4", ""), plugins.Mount("s:/h", "/hung", "nfs", "")]
+    for _ in range(3):
+        good, hung = disks.measure(mounts)
+        assert good["total"] > 0
+        assert (hung["total"], hung["used"], hung["percent"]) == (None, None, None)
+    assert asked.count("/hung") == 1
+    release.set()
+    wait_until(lambda: disks.measure(mounts)[1]["total"])
+
+
+def test_sysinfo_is_asked_through_a_bridge_by_many_at_once(bridge, tokens):
+    radical_edge.load_builtin_plugins()
+    edge = Edge(bridge.url, "e1", plugins=["sysinfo"], token=tokens[1]["edge"]).start()
+    try:
+        assert edge.online.wait(10)
+        with BridgeClient(bridge.url) as client:
+            sysinfo = client.get_edge_client("e1").get_plugin("sysinfo")
+            assert sysinfo.homedir() == os.environ["HOME"]
+            assert sysinfo.host_role() == {"role": "login", "scheduler": None, "job_id": None}
+            found = []
+            threads = [threading.Thread(target=lambda: found.append(sysinfo.get_metrics()))
+                       for _ in range(20)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(found) == 20
+            sysinfo.close()
+    finally:
+        assert edge.stop()
+
+
+# ---------------------------------------------------------------------------
+# psij
+# ---------------------------------------------------------------------------
+
+@pytest.fixture
+def psij(home):
+    """A host with the psij plugin, which can be stopped and started: psij.restart()."""
+    radical_edge.load_builtin_plugins()
+    running = PsijHost(home)
+    yield running
+    running.stop()
+    wait_until(lambda: not running.processes(), what="the end of all jobs")
+
+
+class PsijHost:
+    """The psij plugin on a host of its own; its methods are its routes."""
+
+    def __init__(self, home):
+        self.home = home
+        self.restart()
+        self.sid = self.post("register_session", {})[1]["sid"]
+
+    def restart(self):
+        """Start (again), as an edge that was started anew does; what it says goes to `said`."""
+        if getattr(self, "host", None):
+            assert self.host.stop()
+        self.said = []
+        self.host = radical_edge.PluginHost(
+            "e1", "edge", self.home / "state", changed=lambda: None,
+            notify=lambda _plugin, _topic, data: self.said.append(data))
+        self.host.add(plugins.PluginPSIJ)
+
+    def stop(self):
+        for job in self.get(f"list_jobs/{self.sid}")[1]["jobs"]:
+            if job["state"] not in plugins.FINAL_STATES:
+                self.post(f"cancel/{self.sid}/{job['job_id']}")
+        assert self.host.stop()
+
+    def get(self, path):
+        return ask(self.host, "GET", f"/psij/{path}")
+
+    def post(self, path, body=None):
+        return ask(self.host, "POST", f"/psij/{path}", body)
+
+    def try_submit(self, executor="local", **spec):
+        return self.post(f"submit/{self.sid}", {"job_spec": spec, "executor": executor})
+
+    def submit(self, **spec):
+        status, value = self.try_submit(**spec)
+        assert status == 200, value
+        return value["job_id"]
+
+    def shell(self, script, **spec):
+        return self.submit(executable="/bin/sh", arguments=["-c", script], **spec)
+
+    def status(self, job_id, query=""):
+        status, value = self.get(f"status/{self.sid}/{job_id}{query}")
+        assert status == 200, value
+        return value
+
+    def wait(self, job_id, state=None):
+        """Return the status once the job is final, or in `state`."""
+        return wait_until(lambda: next((found for found in [self.status(job_id)] if
+                                        (found["state"] == state if state else found["finished"])),
+                                       None), 20, f"the end of {job_id}")
+
+    def cancel(self, job_id):
+        return self.post(f"cancel/{self.sid}/{job_id}")
+
+    def processes(self):
+        """Return the supervisors and jobs that run for this HOME."""
+        found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
+        return [line for line in found.splitlines() if str(self.home) in line]
+
+    def told(self, job_id):
+        return [item["state"] for item in self.said if item["job_id"] == job_id]
+
+
+def test_a_job_runs_and_its_states_are_told_once_each(psij):
+    job_id = psij.shell("echo out; echo err >&2; exit 3")
+    status = psij.wait(job_id)
+    assert (status["state"], status["exit_code"]) == ("FAILED", 3)
+    assert (status["stdout"], status["stderr"], status["eof"]) == ("out\n", "err\n", True)
+    wait_until(lambda: len(psij.told(job_id)) == 3)
+    assert psij.told(job_id) == ["QUEUED", "ACTIVE", "FAILED"]
+    assert psij.said[-1]["stdout"] == "out\n" and psij.said[-1]["exit_code"] == 3
+    jobs = psij.get(f"list_jobs/{psij.sid}")[1]["jobs"]
+    assert [job["job_id"] for job in jobs] == [job_id] and jobs[0]["executor"] == "local"
+
+
+def test_what_a_job_is_given_reaches_it(psij, tmp_path, monkeypatch):
+    monkeypatch.setenv("RADICAL_BRIDGE_TOKEN", "secret")
+    monkeypatch.setenv("FROM_EDGE", "1")
+    (tmp_path / "in").write_text("the input")
+    (tmp_path / "pre").write_text("PRE=ran; export PRE")
+    (tmp_path / "post").write_text("echo after")
+    script = 'pwd; cat; echo "$FROM_EDGE$MINE$RADICAL_BRIDGE_TOKEN$PRE" >&2; echo "$1"'
+    job_id = psij.submit(
+        executable="/bin/sh", arguments=["-c", script, "x", 'a "b" $c;'], directory=str(tmp_path),
+        environment={"MINE": "2", "N": 3}, stdin_path=str(tmp_path / "in"), name="mine",
+        stdout_path=str(tmp_path / "both"), stderr_path=str(tmp_path / "both"),
+        pre_launch=str(tmp_path / "pre"), post_launch=str(tmp_path / "post"),
+        attributes={"duration": 60, "node_count": 1})
+    assert psij.wait(job_id)["state"] == "COMPLETED"
+    assert (tmp_path / "both").read_text() == (
+        f'{tmp_path}\nthe input12ran\na "b" $c;\nafter\n')
+    alone = psij.submit(executable="/usr/bin/env", inherit_environment=False,
+                        environment={"ONLY": "this"})
+    assert psij.wait(alone)["stdout"] == "ONLY=this\n"
+
+
+BAD_SPECS = [                                    # what is wrong, and the name of the field
+    ({}, "executable"), ({"executable": 3}, "executable"), ({"executable": "x", "color": 1}, "color"),
+    ({"executable": "x", "arguments": "abc"}, "arguments"),
+    ({"executable": "x", "arguments": [1]}, "arguments"),
+    ({"executable": "x", "environment": {"A": []}}, "environment"),
+    ({"executable": "x", "environment": {"A=B": "c"}}, "environment"),
+    ({"executable": "x", "directory": "/no/such"}, "directory"),
+    ({"executable": "x", "stdin_path": "/no/such"}, "stdin_path"),
+    ({"executable": "x", "stdout_path": "/no/such/out"}, "stdout_path"),
+    ({"executable": "x", "pre_launch": "/no/such"}, "pre_launch"),
+    ({"executable": "x", "launcher": "mpirun"}, "launcher"),
+    ({"executable": "x", "resources": {"node_count": 2}}, "resources.node_count"),
+    ({"executable": "x", "resources": {"gpu_cores_per_process": 1}}, "resources.gpu_cores"),
+    ({"executable": "x", "resources": {"process_count": "2"}}, "resources.process_count"),
+    ({"executable": "x", "resources": {"nodes": 1}}, "resources.nodes"),
+    ({"executable": "x", "resources": 3}, "resources"),
+    ({"executable": "x", "attributes": {"duration": -1}}, "attributes.duration"),
+    ({"executable": "x", "attributes": {"duration": True}}, "attributes.duration"),
+    ({"executable": "x", "attributes": {"queue_name": "q"}}, "attributes.queue_name"),
+    ({"executable": "x", "attributes": {"account": "a"}}, "attributes.account"),
+    ({"executable": "x", "custom_attributes": {"slurm.x": 1}}, "attributes.custom_attributes"),
+    ({"executable": "x", "attributes": {"node_count": 1}, "resources": {"node_count": 3}},
+     "attributes.node_count"), ({"executable": "a\0b"}, "executable")]
+
+
+@pytest.mark.parametrize("spec, field", BAD_SPECS, ids=[json.dumps(item[0]) for item in BAD_SPECS])
+def test_a_field_that_cannot_be_honoured_is_refused_by_name(spec, field):
+    with pytest.raises(radical_edge.Unprocessable) as caught:
+        plugins.make_local_run(plugins.parse_job_spec(spec), Path("/o"), Path("/e"))
+    assert caught.value.detail.startswith(field)
+
+
+def test_mistakes_are_answered_with_their_status(psij):
+    assert psij.try_submit(executable="x", color=1)[0] == 422
+    assert psij.post(f"submit/{psij.sid}", {"spec": {}})[0] == 422
+    assert psij.post(f"submit/{psij.sid}", {"job_spec": {"executable": "x"}, "executor": 7})[0] == 422
+    assert psij.post("submit/session.none", {"job_spec": {}})[0] == 404
+    assert psij.get(f"status/{psij.sid}/none")[0] == 404
+    assert psij.post(f"cancel/{psij.sid}/none")[0] == 404
+    assert psij.post("register_session", {"color": 1})[0] == 422
+    job_id = psij.submit(executable="/bin/true")
+    psij.wait(job_id)
+    assert psij.get(f"status/{psij.sid}/{job_id}?stdout_offset=abc")[0] == 422
+    assert psij.get(f"status/{psij.sid}/{job_id}?stderr_offset=-1")[0] == 422
+    status, value = psij.cancel(job_id)
+    assert status == 409 and "COMPLETED" in value["detail"]
+    assert psij.get(f"list_jobs/{psij.sid}")[1]["jobs"][0]["job_id"] == job_id
+
+
+@pytest.mark.parametrize("spec, code, words", [
+    ({"executable": "/no/such"}, 127, "No such file"), ({"executable": "/etc/passwd"}, 126, "denied"),
+    ({"executable": "no-such-program"}, 127, "No such file"),
+    ({"executable": "/bin/sh", "arguments": ["-c", "kill -9 $$"]}, 137, "signal 9"),
+    ({"executable": "/bin/sh", "arguments": ["-c", "sleep 60"], "attributes": {"duration": 0.3}},
+     143, "walltime of 0.3 s")])
+def test_why_a_job_failed_is_said(psij, spec, code, words):
+    status = psij.wait(psij.submit(**spec))
+    assert (status["state"], status["exit_code"]) == ("FAILED", code)
+    assert words in status["message"]
+
+
+def test_cancel_ends_the_whole_group_also_one_that_ignores_sigterm(psij, monkeypatch):
+    monkeypatch.setattr(plugins, "GRACE_S", 0.3)
+    job_id = psij.shell("trap '' TERM; sleep 600 & echo $!; sleep 600; sleep 600")
+    child = int(wait_until(lambda: psij.status(job_id)["stdout"]))
+    assert psij.cancel(job_id) == (200, {"job_id": job_id, "status": "canceled"})
+    assert psij.status(job_id)["state"] == "CANCELED"
+    wait_until(lambda: not plugins.is_same_process(child, plugins.process_started(child)))
+    assert psij.cancel(job_id)[0] == 409
+
+
+def test_a_cancel_at_the_natural_end_leaves_exactly_one_final_state(psij):
+    for delay in ("0", "0.01", "0.02", "0.03") * 8:
+        job_id = psij.shell(f"sleep {delay}")
+        answer = psij.cancel(job_id)[0]
+        state = psij.wait(job_id)["state"]
+        assert (answer, state) in ((200, "CANCELED"), (409, "COMPLETED"))
+    wait_until(lambda: not psij.processes())
+    for job in psij.get(f"list_jobs/{psij.sid}")[1]["jobs"]:
+        wait_until(lambda: set(psij.told(job["job_id"])) & plugins.FINAL_STATES)
+        assert len([state for state in psij.told(job["job_id"])
+                    if state in plugins.FINAL_STATES]) == 1
+
+
+def test_many_jobs_run_at_once(psij):
+    ids = [psij.shell(f"echo {number}; sleep 0.5") for number in range(40)]
+    assert sorted(int(psij.wait(job_id)["stdout"]) for job_id in ids) == list(range(40))
+
+
+def test_output_is_read_by_offset_every_byte_once_and_characters_whole(tmp_path):
+    path = tmp_path / "out"
+    data = "aä€😀z".encode() + b"\xff" + "ö".encode()[:1]
+    for size in range(len(data) + 1):             # whatever has been written so far
+        path.write_bytes(data[:size])
+        text, offset, end = plugins.read_output(path, 0, complete=False)
+        assert not end and data[:offset].decode(errors="replace") == text
+        path.write_bytes(data)
+        rest, after, end = plugins.read_output(path, offset, complete=True)
+        assert end and after == len(data)
+        assert text + rest == "aä€😀z\ufffd\ufffd"
+    found, offset, end = "", 0, False
+    while not end:
+        text, offset, end = plugins.read_output(path, offset, complete=True, limit=4)
+        found += text
+    assert found == "aä€😀z\ufffd\ufffd"
+    assert plugins.read_output(path, 999, complete=True)[:2] == ("", 999)
+    assert plugins.read_output(tmp_path / "none", 0, complete=False) == ("", 0, False)
+    assert plugins.read_tail(path, 9) == "😀z\ufffd\ufffd"
+
+
+def test_a_notification_holds_only_the_tail_of_the_output(psij):
+    job_id = psij.shell("i=0; while [ $i -lt 3000 ]; do echo line $i; i=$((i+1)); done")
+    psij.wait(job_id)
+    wait_until(lambda: "COMPLETED" in psij.told(job_id))
+    tail = psij.said[-1]["stdout"]
+    assert tail.endswith("line 2999\n") and len(tail) <= plugins.MAX_TAIL
+
+
+def test_jobs_live_on_while_the_edge_is_gone_and_are_found_again(psij):
+    ended = psij.shell("echo early")
+    psij.wait(ended)
+    running = psij.shell("echo one; sleep 1; echo two; exit 4")
+    sleeping = psij.shell("sleep 600")
+    wait_until(lambda: psij.status(running)["stdout"])
+    psij.restart()
+    assert psij.status(ended)["stdout"] == "early\n"
+    assert psij.status(sleeping)["state"] == "ACTIVE"
+    status = psij.wait(running)
+    assert (status["state"], status["exit_code"], status["stdout"]) == ("FAILED", 4, "one\ntwo\n")
+    wait_until(lambda: psij.told(running) == ["ACTIVE", "FAILED"] or psij.told(running) == ["FAILED"])
+    assert psij.cancel(sleeping)[0] == 200
+    assert psij.status(sleeping)["state"] == "CANCELED"
+    psij.restart()
+    assert psij.status(sleeping)["state"] == "CANCELED"
+    assert psij.told(ended) == []                 # its end had been told
+
+
+def test_a_job_whose_supervisor_was_killed_is_told_of_in_truth(psij):
+    orphan = psij.shell("sleep 600")
+    short = psij.shell("sleep 0.5; exit 5")
+    for job_id in (orphan, short):
+        pid, _ = plugins._read_claim(psij.home / "state/psij/jobs" / job_id)
+        os.kill(pid, 9)
+    status = psij.wait(short)
+    assert status["state"] == "FAILED" and "not known" in status["message"]
+    assert psij.status(orphan)["state"] == "ACTIVE"
+    assert psij.cancel(orphan)[0] == 200
+    assert psij.status(orphan)["state"] == "CANCELED"
+
+
+def test_closing_a_session_keeps_live_jobs_and_their_output(psij):
+    ended, live = psij.shell("echo done"), psij.shell("echo live; sleep 600")
+    psij.wait(ended)
+    wait_until(lambda: psij.status(live)["stdout"])
+    jobs = psij.home / "state/psij/jobs"
+    assert psij.post(f"unregister_session/{psij.sid}")[0] == 200
+    assert not (jobs / ended).exists() and (jobs / live / "stdout").read_text() == "live\n"
+    pid, started = plugins._read_claim(jobs / live)
+    assert plugins.is_same_process(pid, started)
+    os.kill(pid, 15)
+    wait_until(lambda: not plugins.is_same_process(pid, started))
+    psij.sid = psij.post("register_session", {})[1]["sid"]
+
+
+def test_a_session_with_a_live_job_is_busy(psij):
+    job_id = psij.shell("sleep 600")
+    session = psij.host._hosted["psij"].plugin._sessions[psij.sid].session
+    assert session.is_busy()
+    psij.cancel(job_id)
+    assert not session.is_busy()
+
+
+def test_a_batch_executor_without_psij_python_says_what_to_install(psij, monkeypatch):
+    monkeypatch.setitem(sys.modules, "psij", None)               # as if it were not installed
+    status, value = psij.try_submit("slurm", executable="/bin/true")
+    assert status == 501 and "pip install psij-python" in value["detail"]
+
+
+SLURM = {                                        # stand-ins: they keep a job in a file
+    "sbatch": """#!/bin/sh
+cp "$1" {folder}/job; echo "Submitted batch job 77"; echo 77
+(SLURM_JOB_ID=77 bash {folder}/job >/dev/null 2>&1; touch {folder}/code) >/dev/null 2>&1 &
+""",
+    "squeue": """#!/bin/sh
+echo "ARRAY_JOB_ID ST REASON"; if [ ! -f {folder}/code ]; then echo "77 R None"; fi
+""",
+    "scancel": "#!/bin/sh\nexit 0\n"}
+
+
+def test_a_batch_job_goes_through_psij_python(psij, tmp_path, monkeypatch):
+    pytest.importorskip("psij", reason="needs psij-python")
+    status, value = psij.try_submit("nonsense", executable="/bin/true")
+    assert status == 422 and value["detail"].startswith("executor") and "slurm" in value["detail"]
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    status, value = psij.try_submit("slurm", executable="/bin/true")
+    assert status == 422 and "sbatch" in value["detail"]
+    for name, text in SLURM.items():
+        make_program(tmp_path, name, text.replace("{folder}", str(tmp_path)))
+    monkeypatch.setattr(plugins, "QUEUE_POLL_S", 1)
+    job_id = None
+    status, value = psij.try_submit(
+        "slurm", executable="/bin/sh", arguments=["-c", "echo batch"], name="n",
+        attributes={"duration": 600, "queue_name": "debug", "account": "a", "node_count": 2})
+    assert status == 200, value
+    job_id = value["job_id"]
+    assert value["native_id"] == "77"
+    script = (tmp_path / "job").read_text()
+    for line in ("--nodes=2", '--partition="debug"', '--account="a"', '--job-name="n"'):
+        assert line in script
+    found = psij.wait(job_id)
+    assert (found["state"], found["stdout"]) == ("COMPLETED", "batch\n")
+    psij.restart()
+    assert psij.status(job_id)["state"] == "COMPLETED"
+
+
+# ---------------------------------------------------------------------------
+# As separate processes: the command line, TLS, kill -9
+# ---------------------------------------------------------------------------
+
+class Process:
+    """A command of ours in a process of its own; `lines` are what it has printed."""
+
+    def __init__(self, *arguments, expect=None, env=None):
+        self.lines, self.errors = [], []
+        self.process = subprocess.Popen(
+            [sys.executable, SCRIPT, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env={**os.environ, **(env or {})}, bufsize=1)
+        self._threads = [threading.Thread(target=self._read, args=pair) for pair in (
+            (self.process.stdout, self.lines), (self.process.stderr, self.errors))]
+        for thread in self._threads:
+            thread.start()
+        if expect:
+            wait_until(lambda: any(expect in line for line in [*self.lines, *self.errors]) or
+                       self.process.poll() is not None, 20, f"{expect!r} in the output")
+            assert self.process.poll() is None, self.errors
+
+    def _read(self, stream, into):
+        for line in stream:
+            into.append(line.rstrip("\n"))
+
+    def end(self, number=15, timeout=10):
+        """Send a signal; return (exit status, seconds until it ended)."""
+        begin = time.monotonic()
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        status = self.process.wait(timeout)
+        for thread in self._threads:
+            thread.join()
+        self.process.stdout.close()
+        self.process.stderr.close()
+        return status, time.monotonic() - begin
+
+
+@pytest.fixture
+def start():
+    """Start processes: start("--bridge", ..., expect="what it prints when it is up")."""
+    made = []
+
+    def start_process(*arguments, **options):
+        made.append(Process(*arguments, **options))
+        return made[-1]
+
+    yield start_process
+    for process in reversed(made):
+        process.end()
+
+
+def run(*arguments, env=None, status=0):
+    """Run a command to its end; return its output. Fails unless it exits with `status`."""
+    done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True,
+                          timeout=60, env={**os.environ, **(env or {})})
+    assert done.returncode == status, (done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+def bridge_url(process):
+    return next(line for line in process.lines if line.startswith("bridge: http")).split()[1]
+
+
+def test_help_names_every_option_and_fits_on_a_screen():
+    text = run("--help")
+    assert len(text.splitlines()) <= 36 and max(map(len, text.splitlines())) <= 100
+    assert text.count("python radical_edge.py --") >= 3
+    for action in radical_edge.make_parser()._actions:
+        assert any(option in text for option in action.option_strings), action.option_strings
+
+
+def test_one_command_starts_bridge_and_edge_and_one_more_runs_a_job(start, home):
+    begin = time.monotonic()
+    both = start("--bridge", "--edge", "--name", "laptop", "--port", "0", expect="edge: laptop")
+    assert time.monotonic() - begin < 10          # an end, not a measurement: see bench/start.py
+    assert (home / ".radical/edge/token").stat().st_mode & 0o777 == 0o600
+    wait_until(lambda: "laptop: psij, sysinfo" in run("--list"))
+    example = ROOT / "examples" / "run_job.py"
+    done = subprocess.run([sys.executable, str(example), "laptop", "echo", "hello", "there"],
+                          capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "hello there\n"), done.stderr
+    failed = subprocess.run([sys.executable, str(example), "laptop", "sh", "-c", "exit 7"],
+                            capture_output=True, text=True, timeout=60)
+    assert failed.returncode == 7
+    assert json.loads(run("--call", "laptop/sysinfo/homedir")) == {"homedir": str(home)}
+    assert "load_avg" in run("--call", "laptop/sysinfo/metrics/{sid}")
+    assert "no route" in run("--call", "laptop/sysinfo/none", status=1)
+    token = (home / ".radical/edge/token").read_text().strip()
+    shown = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert token not in shown and not any(token in line for line in [*both.lines, *both.errors])
+    status, seconds = both.end()
+    assert status == 0 and seconds < 3
+
+
+def test_events_are_printed_as_json_lines(start):
+    start("--bridge", "--edge", "--name", "e1", "-p", "psij", "--port", "0", expect="edge: e1")
+    events = start("--events", "e1/psij/job_status", expect="topology")
+    wait_until(lambda: "e1: psij" in run("--list"))
+    with BridgeClient() as client:
+        job = client.get_edge_client("e1").get_plugin("psij")
+        job.submit_job({"executable": "/bin/true"})
+        wait_until(lambda: any('"COMPLETED"' in line for line in events.lines))
+        job.close()
+    assert all(json.loads(line)["topic"] for line in events.lines)
+
+
+def test_tokens_on_the_command_line(home, start):
+    token = run("--token", "add", "bob", "--scope", "read", "--expires", "1h").strip()
+    assert run("--token", "list").split()[:2] == ["bob", "read"]
+    bridge = start("--bridge", "--port", "0", expect="bridge: http")
+    arguments = ("--url", bridge_url(bridge))
+    assert "no edge is connected" in run("--list", *arguments, env={"RADICAL_BRIDGE_TOKEN": token})
+    run("--token", "revoke", "bob")
+    wait_until(lambda: subprocess.run(
+        [sys.executable, SCRIPT, "--list", *arguments], capture_output=True,
+        env={**os.environ, "RADICAL_BRIDGE_TOKEN": token}).returncode == 1)
+    assert "no token named" in run("--token", "revoke", "bob", status=1)
+    for wrong in (("--token", "add"), ("--token", "paint"), ("--token", "add", "x", "--scope", "k"),
+                  ("--token", "add", "x", "--expires", "soon")):
+        assert len(run(*wrong, status=1).splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments, status, words", [
+    (["--bridge", "--host", "0.0.0.0"], 1, "--cert and --key"), (["--nonsense"], 2, "--help"),
+    (["--call", "x"], 1, "EDGE/PLUGIN/ROUTE"), (["--call", "a/b/c", "{"], 1, "not JSON"),
+    (["--edge", "--name", "a/b", "--url", "http://127.0.0.1:1"], 1, "--name"),
+    (["--edge", "--url", "ftp://x"], 1, "https://"), (["--bridge", "-p", "zzz"], 1, "zzz"),
+    (["--edge", "--url", "http://far.example"], 1, "unencrypted"),
+    (["--bridge", "--cert", "/no/such"], 1, "/no/such"), (["--log-level", "LOUD", "--list"], 1, "INFO"),
+    (["--list", "--url", "http://127.0.0.1:1"], 1, "is the bridge running"), ([], 2, "Radical Edge")])
+def test_wrong_usage_is_answered_in_a_line(arguments, status, words):
+    assert words in run(*arguments, status=status)
+
+
+def test_check_says_line_by_line_what_works(start, home):
+    bridge = start("--bridge", "--port", "0", expect="bridge: http")
+    good = run("--check")
+    for name in ("name", "route", "TLS", "token", "upgrade"):
+        assert f"{name:8} ok" in good
+    assert "psij: ok" in good and "sysinfo: ok" in good
+    bad = run("--check", env={"RADICAL_BRIDGE_TOKEN": "wrong"}, status=1)
+    assert "token    FAILED" in bad and "not known" in bad
+    bridge.end()
+    assert "route    FAILED: nothing listens there" in run("--check", status=1)
+
+
+@pytest.mark.parametrize("number", [2, 15], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_ends_everything_within_three_seconds_also_when_a_plugin_blocks(
+        start, tmp_path, number):
+    (tmp_path / "bad.py").write_text(
+        "import time\nfrom radical_edge import Plugin, get\nclass Bad(Plugin):\n"
+        "    plugin_name = 'bad'\n    @get('plain')\n    def plain(self, request):\n"
+        "        time.sleep(60)\n    @get('block')\n    async def block(self, request):\n"
+        "        time.sleep(60)\n")
+    both = start("--bridge", "--edge", "--name", "e1", "--port", "0", "-p", "bad", "--plugin-file",
+                 str(tmp_path / "bad.py"), expect="registered as e1")
+    token = radical_edge.default_token()
+    raws = []
+    for route in ("plain", "block"):
+        url = radical_edge.parse_bridge_url(bridge_url(both))
+        raws.append(Raw(None, token, socket.create_connection((url.host, url.port), timeout=10)))
+        raws[-1].send_request("GET", f"/e1/bad/{route}")
+    status, seconds = both.end(number)
+    assert status == 0 and seconds < 3
+    for connection in raws:
+        connection.close()
+
+
+def test_a_bridge_is_ended_by_a_client(start):
+    bridge = start("--bridge", "--port", "0", expect="bridge: http")
+    answer = radical_edge._urlopen(radical_edge.find_bridge(), "POST", "/bridge/terminate")
+    assert answer["status"] == "terminating"
+    assert bridge.process.wait(5) == 0
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    """A self-made certificate for 127.0.0.1: (its file, its key's file, its pin)."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs the openssl program")
+    cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
+                    "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=test",
+                    "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key,
+                    "-out", cert], check=True, capture_output=True)
+    der = ssl.PEM_cert_to_DER_cert(Path(cert).read_text())
+    return cert, key, "sha256:" + hashlib.sha256(der).hexdigest()
+
+
+def test_tls_is_verified_by_certificate_or_pin_and_refused_without(start, certificate, home):
+    cert, key, pin = certificate
+    bridge = start("--bridge", "--port", "0", "--cert", cert, "--key", key, expect="bridge: cert")
+    url = bridge_url(bridge)
+    assert url.startswith("https://") and f"bridge: certificate {pin}" in bridge.lines
+    assert "no edge" in run("--list")             # on its own host, all is known
+    (home / ".radical/edge/url").unlink()
+    assert "not trusted" in run("--list", "--url", url, status=1)
+    for trusted in (cert, pin, pin.upper().replace("SHA", "sha")):
+        assert "no edge" in run("--list", "--url", url, "--cert", trusted)
+    wrong = "sha256:" + "0" * 64
+    assert "not the pinned one" in run("--list", "--url", url, "--cert", wrong, status=1)
+    assert "64 hexadecimal" in run("--list", "--url", url, "--cert", "sha256:12", status=1)
+    refused = start("--edge", "--name", "e1", "--url", url, expect="cannot connect")
+    assert any("not trusted" in line for line in refused.errors)
+    refused.end()
+    start("--edge", "--name", "e2", "--url", url, "--cert", cert, expect="registered as e2")
+    start("--edge", "--name", "e3", "--url", url, "--cert", pin, expect="registered as e3")
+    with BridgeClient(url, cert=pin) as client:
+        job, states = client.get_edge_client("e3").get_plugin("psij"), []
+        job.register_notification_callback(lambda *args: states.append(args[3]["state"]))
+        done = job.submit_job({"executable": "echo", "arguments": ["over TLS"]})
+        assert job.wait_job(done["job_id"], 20)["stdout"] == "over TLS\n"
+        wait_until(lambda: "COMPLETED" in states)
+        body = "x" * 3_000_000
+        assert client.http.post("/e2/psij/register_session", json={"x": body}).status_code == 422
+        job.close()
+
+
+def test_a_job_survives_kill_9_of_bridge_and_edge(start, home):
+    """The main job on real processes: whatever is killed, it ends, and its state and output stay."""
+    port = free_port()
+    bridge = start("--bridge", "--port", str(port), expect="bridge: http")
+    edge = start("--edge", "--name", "e1", expect="registered as e1")
+    with BridgeClient() as client:
+        psij = client.get_edge_client("e1").get_plugin("psij")
+        script = "echo begin; while [ ! -e go ]; do sleep 0.05; done; echo end; exit 6"
+        job_id = psij.submit_job({"executable": "/bin/sh", "arguments": ["-c", script]})["job_id"]
+        wait_until(lambda: psij.get_job_status(job_id)["stdout"] == "begin\n")
+        bridge.end(9)
+        start("--bridge", "--port", str(port), expect="bridge: http")
+        wait_until(lambda: "e1" in client.list_edges(), 30)
+        assert psij.get_job_status(job_id)["state"] == "ACTIVE"
+        edge.end(9)
+        (home / "go").touch()                     # the job goes on while there is no edge
+        status_file = home / ".radical/edge/state/e1/psij/jobs" / job_id / "status.json"
+        wait_until(lambda: '"FAILED"' in status_file.read_text())
+        start("--edge", "--name", "e1", expect="registered as e1")
+        status = psij.get_job_status(job_id)
+        assert (status["state"], status["exit_code"]) == ("FAILED", 6)
+        assert status["stdout"] == "begin\nend\n"
+        psij.close()
+
+
+def free_port():
+    """Return a port that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_the_core_runs_when_it_is_the_only_file(tmp_path, home):
+    shutil.copy(SCRIPT, tmp_path / "radical_edge.py")
+    process = subprocess.Popen([sys.executable, "-I", "-S", str(tmp_path / "radical_edge.py"),
+                                "--bridge", "--edge", "--name", "e1", "--port", "0"],
+                               stdout=subprocess.PIPE, text=True)
+    try:
+        lines = [process.stdout.readline() for _ in range(3)]
+        assert lines[2] == "edge: e1, with no plugins\n"
+    finally:
+        process.terminate()
+        assert process.wait(10) == 0
+        process.stdout.close()
