@@ -4186,6 +4186,158 @@ class _Listener(http.server.ThreadingHTTPServer):
         bridge_log.exception("%s: connection failed", client_address[0])
 
 
+class _Routes:
+    """The bridge's own routes: who may ask for what, and the answers. On the loop.
+
+    A handler takes an Exchange, and returns what to_response() takes, or None when the exchange is
+    answered otherwise.
+    """
+
+    def __init__(self, bridge: "Bridge", authenticator: Authenticator, registry: EdgeRegistry,
+                 hub: EventHub) -> None:
+        self._bridge, self._authenticator = bridge, authenticator
+        self._registry, self._hub = registry, hub
+        self.router = Router()
+        self._add_routes()
+
+    def _add_routes(self) -> None:
+        for method, pattern, right, handler in (
+                ("GET", "", None, self._get_page), ("GET", "health", None, self._get_health),
+                ("POST", "auth", None, self._sign_in), ("POST", "logout", None, self._sign_out),
+                ("POST", "edge/list", "look", self._list_topology),
+                ("GET", "edges", "look", self._list_edges),
+                ("GET", "events", "look", self._subscribe),
+                ("GET", "plugins/{name}.js", "look", self._get_ui_module),
+                ("GET", "metrics", "look", self._get_metrics),
+                ("GET", "openapi.json", "look", self._get_openapi),
+                ("GET", "register", "register", self._register),
+                ("POST", "edge/disconnect/{name}", "manage", self._disconnect),
+                ("POST", "bridge/terminate", "manage", self._terminate)):
+            self.router.add(method, pattern, handler, right)
+
+    def find(self, exchange: Exchange) -> None:
+        """Set what answers the exchange: a route of ours, or None for an edge.
+
+        Raises NotFound or MethodNotAllowed; Unauthorized or Forbidden when the caller may not.
+        """
+        segments, method = exchange.segments, exchange.head.method
+        first = segments[0]
+        if first in ("", *RESERVED_NAMES - {BRIDGE_NAME}) or segments == [BRIDGE_NAME, "terminate"]:
+            exchange.route, exchange.params = self.router.match(method, segments)
+            right = exchange.route.right
+        else:
+            right = "look" if method in ("GET", "HEAD") else "use"
+        if right is None:
+            return
+        if exchange.identity is None:
+            raise Unauthorized("a token is needed: send 'Authorization: Bearer TOKEN', or sign in",
+                               headers={"WWW-Authenticate": 'Bearer realm="radical-edge"'})
+        if not exchange.identity.may(right):
+            raise Forbidden(f"a token of scope {exchange.identity.scope.value!r} may not do this")
+
+    def _get_page(self, _exchange: Exchange) -> Response:
+        """Answer the page for browsers."""
+        return Response(_PAGE, headers={"Content-Security-Policy": _PAGE_POLICY},
+                        media_type="text/html; charset=utf-8")
+
+    def _get_health(self, _exchange: Exchange) -> Any:
+        """Answer whether the bridge is up, and its version."""
+        return {"status": "healthy", "version": __version__}
+
+    def _sign_in(self, exchange: Exchange) -> Response:
+        """Sign a browser in: {"token"} becomes a cookie."""
+        request = Request("POST", "/auth", exchange.head.fields, exchange.body)
+        value = request.parse_json()
+        token = value.get("token") if isinstance(value, dict) else None
+        if not isinstance(token, str):
+            raise Unprocessable('token: send {"token": "..."}')
+        identity, cookie = self._authenticator.sign_in(token, exchange.connection.address)
+        return JSONResponse({"name": identity.name, "scope": identity.scope.value},
+                            headers={"Set-Cookie": self._cookie_field(cookie, COOKIE_S)})
+
+    def _sign_out(self, _exchange: Exchange) -> Response:
+        """End a browser's sign-in."""
+        return JSONResponse({"status": "signed out"},
+                            headers={"Set-Cookie": self._cookie_field("", 0)})
+
+    def _cookie_field(self, value: str, age: int) -> str:
+        secure = "; Secure" if self._registry.url.startswith("https") else ""
+        return (f"{COOKIE_NAME}={value}; Path=/; Max-Age={age}; HttpOnly; SameSite=Strict{secure}")
+
+    def _list_topology(self, _exchange: Exchange) -> Any:
+        """List the edges and all that is known of their plugins."""
+        return {"data": self._registry.topology()}
+
+    def _list_edges(self, _exchange: Exchange) -> Any:
+        """List the edges and the names of their plugins."""
+        edges = [{"name": name, "plugins": list(plugins), "connected": True,
+                  "plugin_count": len(plugins)}
+                 for name, plugins in self._registry.describe_plugins().items()]
+        return {"edges": edges, "total": len(edges)}
+
+    def _subscribe(self, exchange: Exchange) -> None:
+        """Follow the events (text/event-stream)."""
+        if exchange.head.method == "HEAD":
+            raise MethodNotAllowed("use GET for the event stream", headers={"Allow": "GET"})
+        self._hub.subscribe(exchange, self._registry.topology())
+        bridge_log.info("%s: %s follows the events", exchange.request_id, exchange.identity.name)
+
+    def _get_ui_module(self, exchange: Exchange) -> Response:
+        """Answer a plugin's UI module."""
+        name = exchange.params["name"]
+        for link in self._registry.links.values():
+            if name in link.ui_modules:
+                return Response(link.ui_modules[name], headers=dict([_FOREIGN_POLICY]),
+                                media_type="text/javascript; charset=utf-8")
+        raise NotFound(f"no connected edge has a UI module for the plugin {name!r}")
+
+    def _get_metrics(self, _exchange: Exchange) -> Response:
+        """Answer counters and gauges (Prometheus text format)."""
+        return Response(self._bridge.counters.encode(self._bridge.gauges()),
+                        media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def _get_openapi(self, _exchange: Exchange) -> Any:
+        """Answer this description."""
+        edges = {name: link.routes for name, link in self._registry.links.items()}
+        return describe_api(self.router, edges)
+
+    def _disconnect(self, exchange: Exchange) -> Any:
+        """Tell an edge to end and not to come back."""
+        name = exchange.params["name"]
+        if name == BRIDGE_NAME:
+            raise BadRequest("the bridge is not an edge: use POST /bridge/terminate to end it")
+        link = self._registry.find(name)
+        link.send({"type": "shutdown", "reason": f"disconnected by {exchange.identity.name}"})
+        link.close(CloseCode.NORMAL, "disconnected by a client")
+        return {"status": "shutdown", "edge": name}
+
+    def _terminate(self, _exchange: Exchange) -> Any:
+        """End the bridge; the edges stay up."""
+        self._bridge.end_soon()
+        return {"status": "terminating", "message": "The bridge ends; edges stay up."}
+
+    def _register(self, exchange: Exchange) -> None:
+        fields = exchange.head.fields
+        if "origin" in fields:
+            raise Forbidden("edges are no browsers: a request with Origin cannot register")
+        key = fields.get("sec-websocket-key", "")
+        wanted = "websocket" in fields.get("upgrade", "").lower() and \
+            "upgrade" in connection_options(fields) and len(key) == 24
+        if not wanted or fields.get("sec-websocket-version") != "13":
+            raise EdgeError("this path is for edges: it speaks WebSocket, version 13",
+                            HTTPStatus.UPGRADE_REQUIRED,
+                            headers={"Upgrade": "websocket", "Connection": "Upgrade",
+                                     "Sec-WebSocket-Version": "13"})
+        connection = exchange.connection
+        link = self._registry.open(connection, exchange.identity)
+        rest = connection.take_over(link.on_data, link.on_lost)
+        connection.channel.send(encode_response_head(HTTPStatus.SWITCHING_PROTOCOLS, [
+            ("Upgrade", "websocket"), ("Connection", "Upgrade"),
+            ("Sec-WebSocket-Accept", accept_key(key))]))
+        if rest:
+            link.on_data(rest)
+
+
 class Bridge:
     """A bridge: the HTTP server that clients use and edges register with.
 
@@ -4221,10 +4373,9 @@ class Bridge:
                                 Path(state_dir or home_dir() / "state" / BRIDGE_NAME),
                                 bridge_url=self.url, notify=self._on_own_notification,
                                 changed=lambda: self._thread.call(self._registry.on_changed))
-        self._routes = Router()
+        self._routes = _Routes(self, self._authenticator, self._registry, self._hub)
         self._own_ids = f"{secrets.token_hex(4)}-"
         self._request_count = 0                   # the loop's
-        self._add_routes()
 
     # -- life
 
@@ -4252,6 +4403,20 @@ class Bridge:
         """Whether no further connection is taken. Any thread; an estimate."""
         return len(self.connections) >= MAX_CONNECTIONS
 
+    def gauges(self) -> Dict[str, float]:
+        """Return what /metrics shows of the present state. On the loop."""
+        links = self._registry.links
+        return {"edges": len(links), "subscribers": len(self._hub.subscribers),
+                "connections": len(self.connections),
+                "requests_pending": sum(link.pending for link in links.values()),
+                "auth_failures": self._authenticator.failures,
+                "last_event_id": self._hub.log.last_id}
+
+    def end_soon(self) -> None:
+        """Ask whoever started the bridge to stop it, once the answers under way are sent."""
+        if self._on_end is not None:
+            self.loop.call_later(SWEEP_S, self._on_end)
+
     def adopt(self, connection: HttpConnection, sock: socket.socket) -> None:
         """Give an opened connection to the loop. Any thread."""
         try:
@@ -4267,7 +4432,7 @@ class Bridge:
         try:
             exchange.segments = parse_path(head.path)
             exchange.identity = self._authenticator.identify(head, connection.address)
-            self._find_route(exchange)
+            self._routes.find(exchange)
         except EdgeError as error:
             exchange.error = error
         return exchange
@@ -4307,149 +4472,6 @@ class Bridge:
         """Forget a request whose client has gone."""
         if exchange.link is not None:
             exchange.link.forget(exchange)
-
-    # -- routes
-
-    def _add_routes(self) -> None:
-        for method, pattern, right, handler in (
-                ("GET", "", None, self._get_page), ("GET", "health", None, self._get_health),
-                ("POST", "auth", None, self._sign_in), ("POST", "logout", None, self._sign_out),
-                ("POST", "edge/list", "look", self._list_topology),
-                ("GET", "edges", "look", self._list_edges),
-                ("GET", "events", "look", self._subscribe),
-                ("GET", "plugins/{name}.js", "look", self._get_ui_module),
-                ("GET", "metrics", "look", self._get_metrics),
-                ("GET", "openapi.json", "look", self._get_openapi),
-                ("GET", "register", "register", self._register),
-                ("POST", "edge/disconnect/{name}", "manage", self._disconnect),
-                ("POST", "bridge/terminate", "manage", self._terminate)):
-            self._routes.add(method, pattern, handler, right)
-
-    def _find_route(self, exchange: Exchange) -> None:
-        """Find what answers the exchange, and whether its caller may ask for it."""
-        segments, method = exchange.segments, exchange.head.method
-        own = segments[0] in RESERVED_NAMES and segments[:1] != [BRIDGE_NAME] or segments == [""]
-        if own or segments == [BRIDGE_NAME, "terminate"]:
-            exchange.route, exchange.params = self._routes.match(method, segments)
-            right = exchange.route.right
-        else:
-            right = "look" if method in ("GET", "HEAD") else "use"
-        if right is None:
-            return
-        if exchange.identity is None:
-            raise Unauthorized("a token is needed: send 'Authorization: Bearer TOKEN', or sign in",
-                               headers={"WWW-Authenticate": 'Bearer realm="radical-edge"'})
-        if not exchange.identity.may(right):
-            raise Forbidden(f"a token of scope {exchange.identity.scope.value!r} may not do this")
-
-    def _get_page(self, _exchange: Exchange) -> Response:
-        """Answer the page for browsers."""
-        return Response(_PAGE, headers={"Content-Security-Policy": _PAGE_POLICY},
-                        media_type="text/html; charset=utf-8")
-
-    def _get_health(self, _exchange: Exchange) -> Any:
-        """Answer whether the bridge is up, and its version."""
-        return {"status": "healthy", "version": __version__}
-
-    def _sign_in(self, exchange: Exchange) -> Response:
-        """Sign a browser in: {"token"} becomes a cookie."""
-        request = Request("POST", "/auth", exchange.head.fields, exchange.body)
-        value = request.parse_json()
-        token = value.get("token") if isinstance(value, dict) else None
-        if not isinstance(token, str):
-            raise Unprocessable('token: send {"token": "..."}')
-        identity, cookie = self._authenticator.sign_in(token, exchange.connection.address)
-        return JSONResponse({"name": identity.name, "scope": identity.scope.value},
-                            headers={"Set-Cookie": self._cookie_field(cookie, COOKIE_S)})
-
-    def _sign_out(self, _exchange: Exchange) -> Response:
-        """End a browser's sign-in."""
-        return JSONResponse({"status": "signed out"},
-                            headers={"Set-Cookie": self._cookie_field("", 0)})
-
-    def _cookie_field(self, value: str, age: int) -> str:
-        secure = "; Secure" if self.url.startswith("https") else ""
-        return (f"{COOKIE_NAME}={value}; Path=/; Max-Age={age}; HttpOnly; SameSite=Strict{secure}")
-
-    def _list_topology(self, _exchange: Exchange) -> Any:
-        """List the edges and all that is known of their plugins."""
-        return {"data": self._registry.topology()}
-
-    def _list_edges(self, _exchange: Exchange) -> Any:
-        """List the edges and the names of their plugins."""
-        edges = [{"name": name, "plugins": list(plugins), "connected": True,
-                  "plugin_count": len(plugins)}
-                 for name, plugins in self._registry.describe_plugins().items()]
-        return {"edges": edges, "total": len(edges)}
-
-    def _subscribe(self, exchange: Exchange) -> None:
-        """Follow the events (text/event-stream)."""
-        if exchange.head.method == "HEAD":
-            raise MethodNotAllowed("use GET for the event stream", headers={"Allow": "GET"})
-        self._hub.subscribe(exchange, self._registry.topology())
-        bridge_log.info("%s: %s follows the events", exchange.request_id, exchange.identity.name)
-
-    def _get_ui_module(self, exchange: Exchange) -> Response:
-        """Answer a plugin's UI module."""
-        name = exchange.params["name"]
-        for link in self._registry.links.values():
-            if name in link.ui_modules:
-                return Response(link.ui_modules[name], headers=dict([_FOREIGN_POLICY]),
-                                media_type="text/javascript; charset=utf-8")
-        raise NotFound(f"no connected edge has a UI module for the plugin {name!r}")
-
-    def _get_metrics(self, _exchange: Exchange) -> Response:
-        """Answer counters and gauges (Prometheus text format)."""
-        links = self._registry.links
-        gauges = {"edges": len(links), "subscribers": len(self._hub.subscribers),
-                  "connections": len(self.connections),
-                  "requests_pending": sum(link.pending for link in links.values()),
-                  "auth_failures": self._authenticator.failures,
-                  "last_event_id": self._hub.log.last_id}
-        return Response(self.counters.encode(gauges),
-                        media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    def _get_openapi(self, _exchange: Exchange) -> Any:
-        """Answer this description."""
-        edges = {name: link.routes for name, link in self._registry.links.items()}
-        return describe_api(self._routes, edges)
-
-    def _disconnect(self, exchange: Exchange) -> Any:
-        """Tell an edge to end and not to come back."""
-        name = exchange.params["name"]
-        if name == BRIDGE_NAME:
-            raise BadRequest("the bridge is not an edge: use POST /bridge/terminate to end it")
-        link = self._registry.find(name)
-        link.send({"type": "shutdown", "reason": f"disconnected by {exchange.identity.name}"})
-        link.close(CloseCode.NORMAL, "disconnected by a client")
-        return {"status": "shutdown", "edge": name}
-
-    def _terminate(self, _exchange: Exchange) -> Any:
-        """End the bridge; the edges stay up."""
-        if self._on_end is not None:
-            self.loop.call_later(SWEEP_S, self._on_end)          # after the answer is sent
-        return {"status": "terminating", "message": "The bridge ends; edges stay up."}
-
-    def _register(self, exchange: Exchange) -> None:
-        fields = exchange.head.fields
-        if "origin" in fields:
-            raise Forbidden("edges are no browsers: a request with Origin cannot register")
-        key = fields.get("sec-websocket-key", "")
-        wanted = "websocket" in fields.get("upgrade", "").lower() and \
-            "upgrade" in connection_options(fields) and len(key) == 24
-        if not wanted or fields.get("sec-websocket-version") != "13":
-            raise EdgeError("this path is for edges: it speaks WebSocket, version 13",
-                            HTTPStatus.UPGRADE_REQUIRED,
-                            headers={"Upgrade": "websocket", "Connection": "Upgrade",
-                                     "Sec-WebSocket-Version": "13"})
-        connection = exchange.connection
-        link = self._registry.open(connection, exchange.identity)
-        rest = connection.take_over(link.on_data, link.on_lost)
-        connection.channel.send(encode_response_head(HTTPStatus.SWITCHING_PROTOCOLS, [
-            ("Upgrade", "websocket"), ("Connection", "Upgrade"),
-            ("Sec-WebSocket-Accept", accept_key(key))]))
-        if rest:
-            link.on_data(rest)
 
     # -- proxying
 
