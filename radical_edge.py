@@ -480,6 +480,30 @@ class FrameParser:
         return (opcode, _decode_utf8(payload)) if opcode is Opcode.TEXT else (opcode, payload)
 
 
+class MaskKeys:
+    """Makes masking keys, which must not be predictable (RFC 6455, section 10.3). Any thread.
+
+    They come from the system's random numbers, fetched for many frames at once.
+    """
+
+    FETCHED = 4096             # bytes
+
+    def __init__(self) -> None:
+        self._keys: Deque[bytes] = collections.deque()           # its methods are atomic
+
+    def __call__(self) -> bytes:
+        """Return 4 bytes that were not used before."""
+        try:
+            return self._keys.pop()
+        except IndexError:
+            fresh = os.urandom(self.FETCHED)
+            self._keys.extend(fresh[at:at + 4] for at in range(4, self.FETCHED, 4))
+            return fresh[:4]
+
+
+new_mask = MaskKeys()
+
+
 def accept_key(key: str) -> str:
     """Return the Sec-WebSocket-Accept value for a Sec-WebSocket-Key (RFC 6455, section 4.2.2)."""
     return base64.b64encode(hashlib.sha1(key.encode() + WEBSOCKET_GUID).digest()).decode()
@@ -1278,6 +1302,7 @@ class Channel:
         self._closed = False                      # guarded by _lock; only close() sets it
         self._closing = self._draining = False    # the loop's: see close_when_sent()
         self._reading = self._writing = False     # the loop's: what the selector watches
+        self._flushing = False                    # the loop's: see send_soon()
 
     @property
     def unsent(self) -> int:
@@ -1323,6 +1348,17 @@ class Channel:
             self._call_on_loop(self.close, error)
         elif not done:
             self._call_on_loop(self._watch_writable)
+
+    def send_soon(self, data: bytes) -> None:
+        """Send `data` together with what else is sent in this turn of the loop. On the loop."""
+        with self._lock:
+            if self._closed:
+                return
+            self._unsent.append(memoryview(data))
+            self._unsent_size += len(data)
+        if not self._flushing and not self._writing:
+            self._flushing = True
+            self._loop.call_soon(self._flush_soon)
 
     def close_when_sent(self) -> None:
         """Close once everything is sent and the peer had time to read it. On the loop.
@@ -1394,6 +1430,11 @@ class Channel:
             return b"", str(error)
         return data, None if data else "the peer closed the connection"
 
+    def _flush_soon(self) -> None:
+        self._flushing = False
+        self._on_writable()
+        self._watch_writable()
+
     def _watch_writable(self) -> None:
         if not self._writing and not self._closed and self._unsent_size:
             self._loop.add_writer(self._fd, self._on_writable)
@@ -1416,6 +1457,8 @@ class Channel:
         try:
             while self._unsent:
                 data = self._unsent[0]
+                if len(self._unsent) > 1 and len(data) < READ_SIZE:
+                    data = self._join_locked()    # one call, and under TLS one record, for many
                 sent = self._sock.send(data)
                 self._unsent_size -= sent
                 if sent < len(data):
@@ -1427,6 +1470,15 @@ class Channel:
         except OSError as error:
             return str(error)
         return None
+
+    def _join_locked(self) -> memoryview:
+        """Replace the first of the unsent pieces by one of up to twice READ_SIZE; return it."""
+        pieces, size = [], 0
+        while self._unsent and size < READ_SIZE and len(self._unsent[0]) < READ_SIZE:
+            pieces.append(self._unsent.popleft())
+            size += len(pieces[-1])
+        self._unsent.appendleft(memoryview(b"".join(pieces)))
+        return self._unsent[0]
 
 
 class BridgeURL(NamedTuple):
@@ -2157,14 +2209,18 @@ class Counters:
 # 10. Routing, requests and responses, for the bridge's own routes and for plugins alike. No I/O.
 # ---------------------------------------------------------------------------
 
-class Headers(Dict[str, str]):
-    """Fields by name, in any case. The names are kept in lower case."""
+class Headers(dict):
+    """Fields by name, in any case: {name: value}. The names are kept in lower case."""
 
     def __init__(self, fields: Optional[Dict[str, str]] = None) -> None:
-        super().__init__({name.lower(): value for name, value in (fields or {}).items()})
+        if fields:
+            super().__init__({name.lower(): value for name, value in fields.items()})
 
     def __getitem__(self, name: str) -> str:
         return super().__getitem__(name.lower())
+
+    def __setitem__(self, name: str, value: str) -> None:
+        super().__setitem__(name.lower(), value)
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and super().__contains__(name.lower())
@@ -3200,7 +3256,7 @@ class _BridgeLink:
     def close(self, reason: str) -> None:
         """Leave the bridge, politely."""
         if self._channel is not None and not self._channel.closed:
-            self._channel.send(encode_close(CloseCode.GOING_AWAY, reason, mask=os.urandom(4)))
+            self._channel.send(encode_close(CloseCode.GOING_AWAY, reason, mask=new_mask()))
             self._channel.close(reason)
 
     # -- a connection's life
@@ -3251,7 +3307,7 @@ class _BridgeLink:
         edge_log.debug("%s: %s after %s", self.url, self.state.name, event)
 
     def _send(self, opcode: Opcode, payload: bytes) -> None:
-        self._channel.send(encode_frame(opcode, payload, mask=os.urandom(4)))
+        self._channel.send(encode_frame(opcode, payload, mask=new_mask()))
 
     # -- what arrives
 
@@ -3266,7 +3322,7 @@ class _BridgeLink:
                 self._on_message(*message)
         except ProtocolError as error:
             edge_log.error("%s: the bridge broke the protocol: %s", self.url, error)
-            self._channel.send(encode_close(error.code, str(error), mask=os.urandom(4)))
+            self._channel.send(encode_close(error.code, str(error), mask=new_mask()))
             self._channel.close(str(error))
 
     def _on_message(self, opcode: Opcode, payload: Union[str, bytes]) -> None:
@@ -3298,7 +3354,7 @@ class _BridgeLink:
                 f"the answer has {len(response.body)} bytes; {MAX_BODY} are allowed"))
         text = encode_response(incoming.req_id, response.status_code, response.headers,
                                response.body)
-        channel.send(encode_frame(Opcode.TEXT, text.encode(), mask=os.urandom(4)))
+        channel.send(encode_frame(Opcode.TEXT, text.encode(), mask=new_mask()))
 
     def _on_ping(self, _message: Dict[str, Any]) -> None:
         self._send(Opcode.TEXT, b'{"type":"pong"}')
@@ -3875,7 +3931,9 @@ class EdgeLink:
         exchange.body = b""
         self._pending[wire_id] = exchange
         bridge_log.debug("%s: > %s %s", exchange.request_id, exchange.head.method, target[:80])
-        self.channel.send(encode_frame(opcode, payload))
+        # under load, requests that arrive together go out together; a single one goes at once
+        send = self.channel.send if len(self._pending) < 4 else self.channel.send_soon
+        send(encode_frame(opcode, payload))
 
     def forget(self, exchange: Exchange) -> None:
         """Stop waiting for the edge's answer to this one."""

@@ -1390,6 +1390,47 @@ def test_a_session_expires_without_use_unless_it_is_busy(host):
     assert status == 410 and "expired" in value["detail"]
 
 
+def test_a_foreign_and_an_expired_session_are_told_apart_over_http(edge, raw, tokens):
+    class Brief(Plugin):
+        session_class = EchoSession
+        session_ttl = 0.2
+
+        @get("use/{sid}")
+        async def use(self, request):
+            return await self._forward(request.path_params["sid"], EchoSession.say, "x")
+
+    edge.host.add(Brief, "brief")
+    owner, other = raw(tokens[1]["client"]), raw(tokens[0].add("other", "client"))
+    wait_until(lambda: owner.request("GET", "/e1/brief/version")[0] == 200)
+    sid = json.loads(owner.request("POST", "/e1/brief/register_session")[2])["sid"]
+    assert_error(other.request("GET", f"/e1/brief/use/{sid}"), 403, "another token")
+    wait_until(lambda: json.loads(raw().request("GET", "/e1/brief/health")[2])["active_sessions"]
+               == 0)
+    assert_error(owner.request("GET", f"/e1/brief/use/{sid}"), 410, "expired", "register")
+    assert owner.request("GET", "/e1/brief/version")[0] == 200
+
+
+def test_an_edge_with_too_many_requests_waiting_is_503(fake_edge, raw, monkeypatch):
+    monkeypatch.setattr(radical_edge, "MAX_PENDING", 2)
+    fake = fake_edge("f1")
+    fake.hear("topology")
+    waiting = [raw(), raw()]
+    for client in waiting:
+        client.send_request("GET", "/f1/p/x")
+        fake.hear("request")
+    reply = raw().request("GET", "/f1/p/x")
+    assert_error(reply, 503, "too much")
+    assert reply[1]["retry-after"] == "1"
+
+
+def test_too_many_connections_are_refused_and_counted(bridge, raw, monkeypatch):
+    client = raw()
+    assert client.request("GET", "/health")[0] == 200
+    monkeypatch.setattr(radical_edge, "MAX_CONNECTIONS", 1)
+    assert raw().is_closed()
+    assert b"refused_connections_total 1" in client.request("GET", "/metrics")[2]
+
+
 class KeptSession(PluginSession):
     """A session with an argument and a state."""
 
@@ -1555,7 +1596,7 @@ def start_edge(bridge, tokens, name="e1", **options):
     return running
 
 
-@pytest.mark.parametrize("path", ["/e1/echo/plain/4", "/e1/echo/block/4"])
+@pytest.mark.parametrize("path", ["/e1/echo/plain/5", "/e1/echo/block/5"])
 def test_a_handler_that_blocks_loses_no_heartbeat_and_holds_up_no_other_plugin(tokens, path):
     """With a heartbeat of 0.25 s, a link is dead after 0.5 s of silence."""
     bridge = Bridge(port=0, tokens=tokens[0], heartbeat=0.25).start()
@@ -1565,7 +1606,7 @@ def test_a_handler_that_blocks_loses_no_heartbeat_and_holds_up_no_other_plugin(t
         blocked, client = Raw(bridge, tokens[1]["admin"]), Raw(bridge, tokens[1]["admin"])
         wait_until(lambda: client.request("GET", "/e1/other/hello")[0] == 200)
         blocked.send_request("GET", path)
-        end = time.monotonic() + 2.0
+        end = time.monotonic() + 4.0
         while time.monotonic() < end:
             assert client.request("GET", "/e1/other/hello")[0] == 200
         assert bridge.counters._counts["links_lost_total", ""] == 0
