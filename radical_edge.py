@@ -1718,8 +1718,7 @@ def explain(error: BaseException) -> str:
 # ---------------------------------------------------------------------------
 
 class Scope(str, enum.Enum):
-    """What a token is good for (DESIGN: `admin` everything, `client` plugins and own sessions,
-    `read` looking, `edge` registering)."""
+    """What a token is good for: everything; plugins and own sessions; looking; registering."""
     ADMIN, CLIENT, READ, EDGE = "admin", "client", "read", "edge"
 
 
@@ -5384,16 +5383,18 @@ def _serve(options: argparse.Namespace) -> int:
     """Run a bridge, an edge or both until a signal, or until they are told to end."""
     _raise_file_limit()
     done = _Ending()
+    # taken out of the environment, or every program that a plugin runs would inherit it
+    token = os.environ.pop("RADICAL_BRIDGE_TOKEN", None)
     load_builtin_plugins()
     for path in options.plugin_file:
         load_plugin_file(path)
     services: List[Any] = []
     try:
         if options.bridge:
-            services.append(_start_bridge(options, done))
+            services.append(_start_bridge(options, token, done))
         if options.edge:
             load_entry_points()
-            services.insert(0, _start_edge(options, services, done))
+            services.insert(0, _start_edge(options, token, services, done))
         _settle_memory()
         done.wait()
     finally:
@@ -5462,13 +5463,13 @@ def _raise_file_limit() -> None:
         pass
 
 
-def _start_bridge(options: argparse.Namespace, done: _Ending) -> Bridge:
+def _start_bridge(options: argparse.Namespace, token: Optional[str], done: _Ending) -> Bridge:
     host = options.host or "127.0.0.1"
     cert = options.cert or os.environ.get("RADICAL_BRIDGE_CERT")
     key = options.key or os.environ.get("RADICAL_BRIDGE_KEY")
     if not cert and not is_loopback(host) and not options.insecure:
         raise ValueError(f"--host {host} is public: give --cert and --key for TLS, or --insecure")
-    tokens = None if options.no_auth else _open_tokens()
+    tokens = None if options.no_auth else _open_tokens(token)
     wanted = options.plugins.split(",") if options.plugins and not options.edge else []
     bridge = Bridge(host, options.port, tokens=tokens, cert=cert, key=key, plugins=wanted,
                     allow_hosts=options.allow_host, request_timeout=options.request_timeout,
@@ -5492,10 +5493,9 @@ def _first_certificate(path: str) -> str:
     return text[text.index(begin):text.index(end) + len(end)]
 
 
-def _open_tokens() -> TokenStore:
-    """Return the bridge's tokens; the first start makes one."""
+def _open_tokens(given: Optional[str]) -> TokenStore:
+    """Return the bridge's tokens, and the one from the environment; a first start makes one."""
     store = TokenStore(home_dir() / "tokens.json")
-    given = os.environ.get("RADICAL_BRIDGE_TOKEN")
     if given:
         store.add_fixed("environment", given)
     elif not store.list():
@@ -5505,13 +5505,14 @@ def _open_tokens() -> TokenStore:
     return store
 
 
-def _start_edge(options: argparse.Namespace, services: List[Any], done: _Ending) -> Edge:
+def _start_edge(options: argparse.Namespace, token: Optional[str], services: List[Any],
+                done: _Ending) -> Edge:
     url, cert = options.url, options.cert
     if services and not url:                      # beside its bridge: no need to look for it
         url, cert = services[0].url, default_bridge()[1]
     wanted = options.plugins.split(",") if options.plugins else None
     name = options.name or default_edge_name()
-    edge = Edge(url, name, plugins=wanted, cert=cert, heartbeat=options.heartbeat,
+    edge = Edge(url, name, plugins=wanted, token=token, cert=cert, heartbeat=options.heartbeat,
                 state_dir=_state_dir(options, name), on_end=None if services else done.set)
     edge.start()
     print(f"edge: {edge.name}, with {', '.join(sorted(edge.host.describe())) or 'no plugins'}",

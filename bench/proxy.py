@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure a proxied GET next to a direct `http.server` echo, in one run, and print their ratio.
 
-    python bench/proxy.py [--seconds 3] [--connections 1,32,128] [--plain] [--tls] [--floor]
+    python bench/proxy.py [--seconds 6] [--connections 1,32,128] [--plain] [--tls] [--json]
 
 Three processes are started for it: an `http.server` that answers a few bytes, a bridge and an edge
 (token checked, request id, a log line for each request). The load comes from a fourth, which sends
@@ -75,7 +75,8 @@ class Echo(Plugin):
 class Load:
     """Keeps `count` connections busy with one request each, for some seconds."""
 
-    def __init__(self, port: int, request: bytes, count: int, context: ssl.SSLContext | None) -> None:
+    def __init__(self, port: int, request: bytes, count: int,
+                 context: ssl.SSLContext | None) -> None:
         self._request = request
         self._sockets = {}
         for _ in range(count):
@@ -123,9 +124,9 @@ def make_certificate(folder: Path) -> tuple[str, str]:
     """Make a self-signed certificate for localhost; return its and its key's path."""
     cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
     subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
-                    "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=localhost",
-                    "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key,
-                    "-out", cert], check=True, capture_output=True)
+                    "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj",
+                    "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
+                    "-keyout", key, "-out", cert], check=True, capture_output=True)
     return cert, key
 
 
@@ -149,8 +150,8 @@ class Processes:
         self.bridge, line = self._start([sys.executable, script, "--bridge", "--port", "0", *flags],
                                         "bridge: http")
         self.bridge_port = int(line.rpartition(":")[2])
-        self.edge, _ = self._start([sys.executable, script, "--edge", "--name", "bench", "-p", "echo",
-                                    "--plugin-file", str(plugin)], "edge:")
+        self.edge, _ = self._start([sys.executable, script, "--edge", "--name", "bench", "-p",
+                                    "echo", "--plugin-file", str(plugin)], "edge:")
         self.token = (folder / ".radical/edge/token").read_text().strip()
 
     def _start(self, command: list[str], expect: str) -> tuple[subprocess.Popen, str]:
@@ -230,7 +231,7 @@ def main() -> None:
     parser.add_argument("--tls", action="store_true", help="only with TLS")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON at the end")
     options = parser.parse_args()
-    kinds = [tls for tls in (False, True) if tls and not options.plain or not tls and not options.tls]
+    kinds = [False] if options.plain else [True] if options.tls else [False, True]
     print("              requests per second                 latency, us (median)             "
           "CPU s / 1,000 requests")
     print("kind  conns     direct    proxied    ratio     direct    proxied    ratio   "
