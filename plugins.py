@@ -889,7 +889,7 @@ def run_job():
 
 # only one process runs the job, whatever becomes of the edge meanwhile
 claim = os.open("claim", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-os.write(claim, json.dumps([os.getpid(), started(os.getpid())]).encode())
+os.write(claim, json.dumps([os.getpid(), started(os.getpid()), os.uname()[1]]).encode())
 os.fsync(claim)
 with open("job.json") as file:
     job = json.load(file)["run"]
@@ -1036,7 +1036,9 @@ class LocalExecutor:
 
     async def cancel(self, job: Job) -> None:
         """End a job's processes; return when it has ended. The supervisor decides the race."""
-        pid, started = await asyncio.to_thread(_read_claim, job.folder)
+        pid, started, host = await asyncio.to_thread(_read_claim, job.folder)
+        if job.state == "UNKNOWN":
+            raise Conflict(f"the job was started on {host}: cancel it with an edge there")
         if is_same_process(pid, started):
             os.kill(pid, signal.SIGTERM)
         else:
@@ -1134,7 +1136,11 @@ class LocalExecutor:
         status = _read_status(folder)
         if status.get("state") in FINAL_STATES:
             return status
-        if is_same_process(*_read_claim(folder)):
+        pid, started, host = _read_claim(folder)
+        if host != os.uname().nodename and pid is not None:      # a home that several hosts share
+            return {"state": "UNKNOWN", "message": f"the job was started on {host}: an edge there "
+                                                   "can tell"}
+        if is_same_process(pid, started):
             return status or {"state": "QUEUED"}
         status = _read_status(folder)             # it may just have ended, in good order
         if status.get("state") in FINAL_STATES:
@@ -1178,12 +1184,13 @@ def _read_status(folder: Path) -> Dict[str, Any]:
     return _json_object(_read(str(folder / "status.json")))
 
 
-def _read_claim(folder: Path) -> Tuple[Optional[int], Optional[int]]:
+def _read_claim(folder: Path) -> Tuple[Optional[int], Optional[int], str]:
+    """Return the supervisor's (pid, start, host); (None, None, "") when it did not start."""
     try:
-        pid, started = json.loads(_read(str(folder / "claim")))
-        return int(pid), int(started)
+        pid, started, host = json.loads(_read(str(folder / "claim")))
+        return int(pid), int(started), str(host)
     except (ValueError, TypeError):
-        return None, None
+        return None, None, ""
 
 
 async def _end_group(pid: int) -> None:
@@ -1461,7 +1468,7 @@ class PSIJSession(PluginSession):
         self._jobs[job_id] = job
         try:
             await executor.submit(job)
-        except BaseException:
+        except Exception:                         # it did not start; a cancellation tells nothing
             del self._jobs[job_id]
             await asyncio.to_thread(shutil.rmtree, job.folder, True)
             raise

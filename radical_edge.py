@@ -3203,6 +3203,10 @@ _LINK_TRANSITIONS = {
 }
 
 
+def _encode_reply(req_id: str, response: Response) -> bytes:
+    return encode_response(req_id, response.status_code, response.headers, response.body).encode()
+
+
 class _BridgeLink:
     """An edge's link to one bridge, kept up for ever. On the transport loop."""
 
@@ -3348,12 +3352,16 @@ class _BridgeLink:
         # any thread. To the channel it came from: a later link would not know the req_id
         edge_log.debug("%s: > %d, %d bytes", incoming.req_id, response.status_code,
                        len(response.body))
-        if len(response.body) > MAX_BODY:
-            response = error_response(ContentTooLarge(
-                f"the answer has {len(response.body)} bytes; {MAX_BODY} are allowed"))
-        text = encode_response(incoming.req_id, response.status_code, response.headers,
-                               response.body)
-        channel.send(encode_frame(Opcode.TEXT, text.encode(), mask=new_mask()))
+        try:
+            payload = _encode_reply(incoming.req_id, response)
+        except (TypeError, ValueError) as error:  # fields that are no text: the plugin's mistake
+            payload = _encode_reply(incoming.req_id, _failure_response(
+                error, Request(incoming.method, incoming.target, incoming.headers)))
+        if len(response.body) > MAX_BODY or len(payload) > MAX_MESSAGE:
+            payload = _encode_reply(incoming.req_id, error_response(ContentTooLarge(
+                f"the answer has {len(response.body)} bytes; {MAX_BODY} are allowed, and fewer of "
+                "text that JSON makes longer")))
+        channel.send(encode_frame(Opcode.TEXT, payload, mask=new_mask()))
 
     def _on_ping(self, _message: Dict[str, Any]) -> None:
         self._send(Opcode.TEXT, b'{"type":"pong"}')
@@ -3620,6 +3628,7 @@ class HttpConnection:
         self._taken: Optional[Callable[[bytes], None]] = None    # by a link or a subscriber
         self.on_lost: Callable[[str], None] = self._on_lost
         self.deadline = self._loop.time() + HANDSHAKE_S
+        self._unsent = 0                          # bytes of an answer, when deadline was set
 
     def adopt(self, sock: socket.socket) -> None:
         """Serve the socket, whose first bytes the parser has."""
@@ -3647,8 +3656,9 @@ class HttpConnection:
         encoded = encode_response_head(response.status_code, fields)
         self.channel.send(encoded if head.method == "HEAD" else encoded + body)
         self._gateway.on_answered(exchange, response.status_code)
-        self._exchange, self._answering = None, False
-        self.deadline = self._loop.time() + KEEP_ALIVE_S
+        # the last answer was given: what the client sent after that request is not read any more
+        self._exchange, self._answering = None, not keep
+        self.deadline, self._unsent = self._loop.time() + KEEP_ALIVE_S, self.channel.unsent
         if not keep:
             self.channel.close_when_sent()
         elif not self._advancing:
@@ -3656,11 +3666,14 @@ class HttpConnection:
             self._advance()
 
     def on_deadline(self) -> None:
-        """Close a connection that was idle, or slow to finish its request."""
-        if self._exchange is None and not self._parser.buffered:
+        """Close a connection that is idle, slow to finish its request, or does not read."""
+        if 0 < self.channel.unsent < self._unsent:
+            self.deadline = self._loop.time() + KEEP_ALIVE_S     # it reads, if slowly
+            self._unsent = self.channel.unsent
+        elif self._exchange is None and (self.channel.unsent or not self._parser.buffered):
             self.channel.close("idle")
-            return
-        self._fail(RequestTimeout("the request was not complete in time: send it again, faster"))
+        else:
+            self._fail(RequestTimeout("the request was not complete in time: send it again"))
 
     # -- inside
 
@@ -3928,6 +3941,9 @@ class EdgeLink:
         opcode, payload = encode_request(wire_id, exchange.head.method, target, headers,
                                          exchange.body)
         exchange.body = b""
+        if len(payload) > MAX_MESSAGE:            # text that JSON makes much longer
+            raise ContentTooLarge(f"the body takes {len(payload)} bytes on the wire; {MAX_MESSAGE} "
+                                  "are allowed")
         self._pending[wire_id] = exchange
         bridge_log.debug("%s: > %s %s", exchange.request_id, exchange.head.method, target[:80])
         # under load, requests that arrive together go out together; a single one goes at once
