@@ -700,6 +700,7 @@ def parse_response(message: Dict[str, Any]) -> Tuple[int, Dict[str, str], bytes]
 
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE = re.compile(rf"({_TOKEN}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])".encode())
+_ABSOLUTE_FORM = re.compile(r"(?i:https?)://([^/?#@]+)((?:[/?][^#]*)?)")
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?")
 _FIELD_LINE = re.compile(rf"({_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)".encode())
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
@@ -776,10 +777,10 @@ class RequestHead:
 
     def _origin_form(self, target: str) -> str:
         """Accept the absolute form, as a server must; its host counts (RFC 9112, section 3.2.2)."""
-        parts = urllib.parse.urlsplit(target)
-        if parts.scheme.lower() in ("http", "https") and parts.netloc and "@" not in parts.netloc:
-            self.host = parts.netloc
-            return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        match = _ABSOLUTE_FORM.fullmatch(target)
+        if match is not None:
+            self.host = match[1]
+            return ("" if match[2].startswith("/") else "/") + match[2]
         if target == "*" and self.method == "OPTIONS":
             return "/*"
         raise BadRequest("the request target must begin with '/'")
@@ -2030,8 +2031,8 @@ class Authenticator:
 
     def _check_host(self, host: str) -> None:
         """Refuse a name that is not ours: DNS rebinding points any name at this address."""
-        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-        if host and not is_loopback(name) and name.lower() not in self._hosts:
+        name = _without_port(host.lower())
+        if host and not is_loopback(name) and name not in self._hosts:
             raise Forbidden(f"Host {host[:80]!r} is not a name of this bridge: start it with "
                             "--allow-host NAME, or send a token in the Authorization field")
 
@@ -2039,9 +2040,13 @@ class Authenticator:
         origin = head.fields.get("origin")
         if origin is None or head.method in ("GET", "HEAD") and "upgrade" not in head.fields:
             return
-        parts = urllib.parse.urlsplit(origin)
-        if parts.netloc.lower() != head.host.lower() and parts.hostname not in self._hosts:
+        host = origin.partition("://")[2].lower()
+        if host != head.host.lower() and _without_port(host) not in self._hosts:
             raise Forbidden("the request comes from a page of another site (Origin)")
+
+
+def _without_port(host: str) -> str:
+    return host if host.endswith("]") else host.rpartition(":")[0] or host
 
 
 def parse_authorization(value: str) -> str:
@@ -3230,7 +3235,10 @@ class _BridgeLink:
         pause = BACKOFF_S[0]
         while not self._edge.stopping:
             started = self._loop.time()
-            await self._connect_and_serve()
+            try:
+                await self._connect_and_serve()
+            except Exception:                     # ours; the edge must come back all the same
+                edge_log.exception("%s: link failed", self.url)
             if self._loop.time() - started > BACKOFF_S[1]:
                 pause = BACKOFF_S[0]              # it was up for a while: this is a new trouble
             await self._edge.wait_stopping(pause * random.uniform(0.5, 1.5))
@@ -3259,8 +3267,7 @@ class _BridgeLink:
     def close(self, reason: str) -> None:
         """Leave the bridge, politely."""
         if self._channel is not None and not self._channel.closed:
-            self._channel.send(encode_close(CloseCode.GOING_AWAY, reason, mask=new_mask()))
-            self._channel.close(reason)
+            self._leave(CloseCode.GOING_AWAY, reason)
 
     # -- a connection's life
 
@@ -3305,6 +3312,10 @@ class _BridgeLink:
                 self._on_registered({})           # a bridge of the older kind never says so
             self._send(Opcode.PING, b"")
 
+    def _leave(self, code: int, reason: str) -> None:
+        self._channel.send(encode_close(code, reason, mask=new_mask()))
+        self._channel.close(reason)
+
     def _advance(self, event: str) -> None:
         self.state = _LINK_TRANSITIONS[self.state, event]
         edge_log.debug("%s: %s after %s", self.url, self.state.name, event)
@@ -3318,15 +3329,17 @@ class _BridgeLink:
         self._last_received = self._loop.time()
         self._parser.feed(data)
         try:
-            while True:
+            while not self._channel.closed:
                 message = self._parser.next_message()
                 if message is None:
                     return
                 self._on_message(*message)
         except ProtocolError as error:
             edge_log.error("%s: the bridge broke the protocol: %s", self.url, error)
-            self._channel.send(encode_close(error.code, str(error), mask=new_mask()))
-            self._channel.close(str(error))
+            self._leave(error.code, str(error))
+        except Exception:                         # ours; a link half understood is worse than none
+            edge_log.exception("%s: message failed", self.url)
+            self._leave(CloseCode.INTERNAL, "internal error")
 
     def _on_message(self, opcode: Opcode, payload: Union[str, bytes]) -> None:
         if opcode is Opcode.PING:
@@ -3703,6 +3716,9 @@ class HttpConnection:
                 self._on_event(event)
         except EdgeError as error:                # the framing is broken: out of step for good
             self._fail(error)
+        except Exception:                         # ours; it must not leave the client waiting
+            bridge_log.exception("%s: request failed", self.address)
+            self._fail(EdgeError("internal error; the log has it"))
         finally:
             self._advancing = False
 
@@ -3925,6 +3941,9 @@ class EdgeLink:
         except ProtocolError as error:
             bridge_log.error("%s: the edge broke the protocol: %s", self.name or "?", error)
             self.close(error.code, str(error))
+        except Exception:                         # ours; a link half understood is worse than none
+            bridge_log.exception("%s: message failed", self.name or "?")
+            self.close(CloseCode.INTERNAL, "internal error")
 
     def send(self, message: Dict[str, Any]) -> None:
         """Send a message."""
