@@ -25,9 +25,9 @@ The file reads from top to bottom, and each section uses only what stands above 
 
     1. Constants and errors          7. Sockets on a loop, dialling
     2. WebSocket frames              8. Security: tokens, TLS, browsers
-    3. Messages between the two      9. State: events, requests waiting, counters
-    4. HTTP/1.1 heads and bodies    10. Routing, requests, responses
-    5. Event streams                11. Plugins and their host
+    3. HTTP/1.1 heads and bodies     9. State: events, counters
+    4. Event streams                10. Routing, requests, responses
+    5. Messages between the two     11. Plugins and their host
     6. Threads that run a loop      12. Edge   13. Bridge   14. Client   15. Command line
 """
 from __future__ import annotations
@@ -510,191 +510,7 @@ def accept_key(key: str) -> str:
 
 
 # ---------------------------------------------------------------------------
-# 3. Messages between edge and bridge: JSON text, and msgpack for a request whose body is binary.
-# ---------------------------------------------------------------------------
-
-WIRE_VERSION = 1
-MAX_NESTING = 32               # levels of arrays and maps in a msgpack message
-
-_MSGPACK_CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
-_MSGPACK_NUMBERS = {0xCA: ">f", 0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q",
-                    0xD0: ">b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q"}
-_MSGPACK_SIZED = {0xC4: (1, "bin"), 0xC5: (2, "bin"), 0xC6: (4, "bin"),      # size of the length
-                  0xD9: (1, "str"), 0xDA: (2, "str"), 0xDB: (4, "str"),
-                  0xDC: (2, "array"), 0xDD: (4, "array"), 0xDE: (2, "map"), 0xDF: (4, "map")}
-
-
-def parse_msgpack(data: bytes) -> Any:
-    """Return the value that `data` holds, whole (the msgpack specification; no extension types).
-
-    Raises ProtocolError when it is cut, has bytes left over, or nests deeper than MAX_NESTING.
-    """
-    try:
-        value, end = _parse_msgpack(data, 0, 0)
-    except (IndexError, struct.error):
-        raise ProtocolError("msgpack message is cut short") from None
-    if end != len(data):
-        raise ProtocolError("bytes after the msgpack message")
-    return value
-
-
-def _parse_msgpack(data: bytes, at: int, depth: int) -> Tuple[Any, int]:
-    code, at = data[at], at + 1
-    if code < 0x80 or code >= 0xE0:
-        return (code if code < 0x80 else code - 0x100), at
-    if code in _MSGPACK_CONSTANTS:
-        return _MSGPACK_CONSTANTS[code], at
-    if code in _MSGPACK_NUMBERS:
-        form = _MSGPACK_NUMBERS[code]
-        return struct.unpack_from(form, data, at)[0], at + struct.calcsize(form)
-    if code < 0xC0:
-        kind = "map" if code < 0x90 else "array" if code < 0xA0 else "str"
-        size = code & (0x1F if kind == "str" else 0x0F)
-    elif code in _MSGPACK_SIZED:
-        width, kind = _MSGPACK_SIZED[code]
-        size, at = int.from_bytes(data[at:at + width], "big"), at + width
-    else:
-        raise ProtocolError(f"msgpack type {code:02x}")
-    return _parse_msgpack_body(data, at, kind, size, depth)
-
-
-def _parse_msgpack_body(data: bytes, at: int, kind: str, size: int, depth: int) -> Tuple[Any, int]:
-    if size > len(data) - at or depth > MAX_NESTING:    # every element takes a byte at the least
-        raise ProtocolError("msgpack message is cut short or too deep")
-    if kind in ("bin", "str"):
-        raw = bytes(data[at:at + size])
-        return (raw if kind == "bin" else _decode_utf8(raw)), at + size
-    items = []
-    for _ in range(size * (2 if kind == "map" else 1)):
-        item, at = _parse_msgpack(data, at, depth + 1)
-        items.append(item)
-    if kind == "array":
-        return items, at
-    if not all(isinstance(key, str) for key in items[::2]):
-        raise ProtocolError("msgpack map with a key that is not text")
-    return dict(zip(items[::2], items[1::2])), at
-
-
-def encode_msgpack(value: Any) -> bytes:
-    """Return `value` (None, bool, int of 32 bits, str, bytes, or a dict of them) as msgpack."""
-    if value is None or value is True or value is False:
-        return {None: b"\xc0", False: b"\xc2", True: b"\xc3"}[value]
-    if isinstance(value, int):
-        return b"\xd2" + struct.pack(">i", value)
-    if isinstance(value, str):
-        raw = value.encode()
-        return b"\xdb" + struct.pack(">I", len(raw)) + raw
-    if isinstance(value, bytes):
-        return b"\xc6" + struct.pack(">I", len(value)) + value
-    if isinstance(value, dict):
-        pairs = b"".join(encode_msgpack(key) + encode_msgpack(item) for key, item in value.items())
-        return b"\xdf" + struct.pack(">I", len(value)) + pairs
-    raise ValueError(f"not for this msgpack encoder: {type(value).__name__}")
-
-
-# json.dumps() with arguments builds an encoder for each call; these are made once
-encode_json: Callable[[Any], str] = json.JSONEncoder(
-    ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
-_parse_json = json.JSONDecoder().decode
-
-
-def parse_message(payload: Union[str, bytes]) -> Dict[str, Any]:
-    """Return the message in a text frame (JSON) or a binary frame (msgpack): a dict with "type".
-
-    Raises ProtocolError for anything else. Unknown types and fields are the caller's to ignore.
-    """
-    try:
-        message = _parse_json(payload) if isinstance(payload, str) else parse_msgpack(payload)
-    except (ValueError, RecursionError):
-        raise ProtocolError("message that is not JSON", CloseCode.INVALID_DATA) from None
-    if not isinstance(message, dict) or not isinstance(message.get("type"), str):
-        raise ProtocolError("message without a type", CloseCode.INVALID_DATA)
-    return message
-
-
-def encode_request(req_id: str, method: str, target: str, headers: Dict[str, str],
-                   body: bytes) -> Tuple[Opcode, bytes]:
-    """Return the frame type and payload of a request to an edge; msgpack when not UTF-8."""
-    message = {"type": "request", "req_id": req_id, "method": method, "path": target,
-               "headers": headers, "is_binary": False, "body": None}
-    if body:
-        try:
-            message["body"] = body.decode()
-        except UnicodeDecodeError:
-            message.update(is_binary=True, body=bytes(body))
-            return Opcode.BINARY, encode_msgpack(message)
-    return Opcode.TEXT, encode_json(message).encode()
-
-
-class EdgeRequest(NamedTuple):
-    """A request as it arrives at an edge."""
-    req_id: str
-    method: str
-    target: str
-    headers: Dict[str, str]       # names in lower case
-    body: bytes
-
-
-def parse_request(message: Dict[str, Any]) -> EdgeRequest:
-    """Return the checked fields of a "request" message; raises ProtocolError for a wrong one."""
-    req_id, method, target = (message.get(key) for key in ("req_id", "method", "path"))
-    headers = message.get("headers") or {}
-    if not (isinstance(req_id, str) and isinstance(method, str) and isinstance(target, str)
-            and isinstance(headers, dict)):
-        raise ProtocolError("request without req_id, method, path or headers")
-    body = _parse_body(message)
-    fields = {str(name).lower(): str(value) for name, value in headers.items()}
-    return EdgeRequest(req_id, method, target, fields, body)
-
-
-def _parse_body(message: Dict[str, Any]) -> bytes:
-    body = message.get("body")
-    if body is None:
-        return b""
-    if isinstance(body, bytes):
-        return body
-    if not isinstance(body, str):                 # a JSON value in place of its text
-        return encode_json(body).encode()
-    if not message.get("is_binary"):
-        return body.encode(errors="surrogatepass")
-    try:
-        return base64.b64decode(body, validate=True)
-    except binascii.Error:
-        raise ProtocolError("binary body that is not base64") from None
-
-
-def encode_response(req_id: str, status: int, headers: Dict[str, str], body: bytes) -> str:
-    """Return a "response" message; a body that is not UTF-8 travels as base64."""
-    message = {"type": "response", "req_id": req_id, "status": status, "headers": headers,
-               "is_binary": False, "body": ""}
-    try:
-        message["body"] = body.decode()
-    except UnicodeDecodeError:
-        message.update(is_binary=True, body=base64.b64encode(body).decode())
-    return encode_json(message)
-
-
-def parse_response(message: Dict[str, Any]) -> Tuple[int, Dict[str, str], bytes]:
-    """Return (status, headers, body) of a "response" message; raises ProtocolError.
-
-    Fields that could break the framing of an HTTP/1.1 reply are refused here.
-    """
-    status, headers = message.get("status"), message.get("headers") or {}
-    if type(status) is not int or not 200 <= status <= 599 or not isinstance(headers, dict):
-        raise ProtocolError("response without a valid status or headers")
-    fields = {}
-    for name, value in headers.items():
-        if not isinstance(value, (str, int)) or not _is_field(name, str(value)):
-            raise ProtocolError(f"response with a bad field {str(name)[:40]!r}")
-        fields[name.lower()] = str(value)
-    body = _parse_body(message)
-    if isinstance(message.get("body"), (dict, list)):
-        fields.setdefault("content-type", "application/json")
-    return status, fields, body
-
-
-# ---------------------------------------------------------------------------
-# 4. HTTP/1.1 heads and bodies (RFC 9110, RFC 9112), strictly: bytes in, events out. No sockets.
+# 3. HTTP/1.1 heads and bodies (RFC 9110, RFC 9112), strictly: bytes in, events out. No sockets.
 #    What one recipient could read otherwise than another is refused, not repaired.
 # ---------------------------------------------------------------------------
 
@@ -1024,7 +840,7 @@ def parse_query(query: str) -> Dict[str, str]:
 
 
 # ---------------------------------------------------------------------------
-# 5. Event streams (WHATWG HTML, section 9.2). No sockets.
+# 4. Event streams (WHATWG HTML, section 9.2). No sockets.
 # ---------------------------------------------------------------------------
 
 class Event(NamedTuple):
@@ -1086,6 +902,190 @@ class EventParser:
         empty = not self._data
         self._data, self._event, self._size = [], "", 0
         return None if empty else event
+
+
+# ---------------------------------------------------------------------------
+# 5. Messages between edge and bridge: JSON text, and msgpack for a request whose body is binary.
+# ---------------------------------------------------------------------------
+
+WIRE_VERSION = 1
+MAX_NESTING = 32               # levels of arrays and maps in a msgpack message
+
+_MSGPACK_CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
+_MSGPACK_NUMBERS = {0xCA: ">f", 0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q",
+                    0xD0: ">b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q"}
+_MSGPACK_SIZED = {0xC4: (1, "bin"), 0xC5: (2, "bin"), 0xC6: (4, "bin"),      # size of the length
+                  0xD9: (1, "str"), 0xDA: (2, "str"), 0xDB: (4, "str"),
+                  0xDC: (2, "array"), 0xDD: (4, "array"), 0xDE: (2, "map"), 0xDF: (4, "map")}
+
+
+def parse_msgpack(data: bytes) -> Any:
+    """Return the value that `data` holds, whole (the msgpack specification; no extension types).
+
+    Raises ProtocolError when it is cut, has bytes left over, or nests deeper than MAX_NESTING.
+    """
+    try:
+        value, end = _parse_msgpack(data, 0, 0)
+    except (IndexError, struct.error):
+        raise ProtocolError("msgpack message is cut short") from None
+    if end != len(data):
+        raise ProtocolError("bytes after the msgpack message")
+    return value
+
+
+def _parse_msgpack(data: bytes, at: int, depth: int) -> Tuple[Any, int]:
+    code, at = data[at], at + 1
+    if code < 0x80 or code >= 0xE0:
+        return (code if code < 0x80 else code - 0x100), at
+    if code in _MSGPACK_CONSTANTS:
+        return _MSGPACK_CONSTANTS[code], at
+    if code in _MSGPACK_NUMBERS:
+        form = _MSGPACK_NUMBERS[code]
+        return struct.unpack_from(form, data, at)[0], at + struct.calcsize(form)
+    if code < 0xC0:
+        kind = "map" if code < 0x90 else "array" if code < 0xA0 else "str"
+        size = code & (0x1F if kind == "str" else 0x0F)
+    elif code in _MSGPACK_SIZED:
+        width, kind = _MSGPACK_SIZED[code]
+        size, at = int.from_bytes(data[at:at + width], "big"), at + width
+    else:
+        raise ProtocolError(f"msgpack type {code:02x}")
+    return _parse_msgpack_body(data, at, kind, size, depth)
+
+
+def _parse_msgpack_body(data: bytes, at: int, kind: str, size: int, depth: int) -> Tuple[Any, int]:
+    if size > len(data) - at or depth > MAX_NESTING:    # every element takes a byte at the least
+        raise ProtocolError("msgpack message is cut short or too deep")
+    if kind in ("bin", "str"):
+        raw = bytes(data[at:at + size])
+        return (raw if kind == "bin" else _decode_utf8(raw)), at + size
+    items = []
+    for _ in range(size * (2 if kind == "map" else 1)):
+        item, at = _parse_msgpack(data, at, depth + 1)
+        items.append(item)
+    if kind == "array":
+        return items, at
+    if not all(isinstance(key, str) for key in items[::2]):
+        raise ProtocolError("msgpack map with a key that is not text")
+    return dict(zip(items[::2], items[1::2])), at
+
+
+def encode_msgpack(value: Any) -> bytes:
+    """Return `value` (None, bool, int of 32 bits, str, bytes, or a dict of them) as msgpack."""
+    if value is None or value is True or value is False:
+        return {None: b"\xc0", False: b"\xc2", True: b"\xc3"}[value]
+    if isinstance(value, int):
+        return b"\xd2" + struct.pack(">i", value)
+    if isinstance(value, str):
+        raw = value.encode()
+        return b"\xdb" + struct.pack(">I", len(raw)) + raw
+    if isinstance(value, bytes):
+        return b"\xc6" + struct.pack(">I", len(value)) + value
+    if isinstance(value, dict):
+        pairs = b"".join(encode_msgpack(key) + encode_msgpack(item) for key, item in value.items())
+        return b"\xdf" + struct.pack(">I", len(value)) + pairs
+    raise ValueError(f"not for this msgpack encoder: {type(value).__name__}")
+
+
+# json.dumps() with arguments builds an encoder for each call; these are made once
+encode_json: Callable[[Any], str] = json.JSONEncoder(
+    ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+_parse_json = json.JSONDecoder().decode
+
+
+def parse_message(payload: Union[str, bytes]) -> Dict[str, Any]:
+    """Return the message in a text frame (JSON) or a binary frame (msgpack): a dict with "type".
+
+    Raises ProtocolError for anything else. Unknown types and fields are the caller's to ignore.
+    """
+    try:
+        message = _parse_json(payload) if isinstance(payload, str) else parse_msgpack(payload)
+    except (ValueError, RecursionError):
+        raise ProtocolError("message that is not JSON", CloseCode.INVALID_DATA) from None
+    if not isinstance(message, dict) or not isinstance(message.get("type"), str):
+        raise ProtocolError("message without a type", CloseCode.INVALID_DATA)
+    return message
+
+
+def encode_request(req_id: str, method: str, target: str, headers: Dict[str, str],
+                   body: bytes) -> Tuple[Opcode, bytes]:
+    """Return the frame type and payload of a request to an edge; msgpack when not UTF-8."""
+    message = {"type": "request", "req_id": req_id, "method": method, "path": target,
+               "headers": headers, "is_binary": False, "body": None}
+    if body:
+        try:
+            message["body"] = body.decode()
+        except UnicodeDecodeError:
+            message.update(is_binary=True, body=bytes(body))
+            return Opcode.BINARY, encode_msgpack(message)
+    return Opcode.TEXT, encode_json(message).encode()
+
+
+class EdgeRequest(NamedTuple):
+    """A request as it arrives at an edge."""
+    req_id: str
+    method: str
+    target: str
+    headers: Dict[str, str]       # names in lower case
+    body: bytes
+
+
+def parse_request(message: Dict[str, Any]) -> EdgeRequest:
+    """Return the checked fields of a "request" message; raises ProtocolError for a wrong one."""
+    req_id, method, target = (message.get(key) for key in ("req_id", "method", "path"))
+    headers = message.get("headers") or {}
+    if not (isinstance(req_id, str) and isinstance(method, str) and isinstance(target, str)
+            and isinstance(headers, dict)):
+        raise ProtocolError("request without req_id, method, path or headers")
+    body = _parse_body(message)
+    fields = {str(name).lower(): str(value) for name, value in headers.items()}
+    return EdgeRequest(req_id, method, target, fields, body)
+
+
+def _parse_body(message: Dict[str, Any]) -> bytes:
+    body = message.get("body")
+    if body is None:
+        return b""
+    if isinstance(body, bytes):
+        return body
+    if not isinstance(body, str):                 # a JSON value in place of its text
+        return encode_json(body).encode()
+    if not message.get("is_binary"):
+        return body.encode(errors="surrogatepass")
+    try:
+        return base64.b64decode(body, validate=True)
+    except binascii.Error:
+        raise ProtocolError("binary body that is not base64") from None
+
+
+def encode_response(req_id: str, status: int, headers: Dict[str, str], body: bytes) -> str:
+    """Return a "response" message; a body that is not UTF-8 travels as base64."""
+    message = {"type": "response", "req_id": req_id, "status": status, "headers": headers,
+               "is_binary": False, "body": ""}
+    try:
+        message["body"] = body.decode()
+    except UnicodeDecodeError:
+        message.update(is_binary=True, body=base64.b64encode(body).decode())
+    return encode_json(message)
+
+
+def parse_response(message: Dict[str, Any]) -> Tuple[int, Dict[str, str], bytes]:
+    """Return (status, headers, body) of a "response" message; raises ProtocolError.
+
+    Fields that could break the framing of an HTTP/1.1 reply are refused here.
+    """
+    status, headers = message.get("status"), message.get("headers") or {}
+    if type(status) is not int or not 200 <= status <= 599 or not isinstance(headers, dict):
+        raise ProtocolError("response without a valid status or headers")
+    fields = {}
+    for name, value in headers.items():
+        if not isinstance(value, (str, int)) or not _is_field(name, str(value)):
+            raise ProtocolError(f"response with a bad field {str(name)[:40]!r}")
+        fields[name.lower()] = str(value)
+    body = _parse_body(message)
+    if isinstance(message.get("body"), (dict, list)):
+        fields.setdefault("content-type", "application/json")
+    return status, fields, body
 
 
 # ---------------------------------------------------------------------------
