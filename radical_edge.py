@@ -35,7 +35,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import binascii
 import codecs
 import collections
 import concurrent.futures
@@ -388,8 +387,8 @@ class FrameParser:
         self._max_message = max_message
         self._buffer = bytearray()
         self._start = 0                           # where in _buffer the next frame begins
-        self._fragments: List[bytes] = []
-        self._fragments_size = 0
+        self._fragments = bytearray()             # one buffer: objects of few bytes would cost 20
+        self._fragments_size = 0                  # times their payload
         self._opcode: Optional[Opcode] = None     # of the fragmented message under way
 
     def feed(self, data: bytes) -> None:
@@ -470,13 +469,13 @@ class FrameParser:
             raise ProtocolError("fragments out of order")
         if not fin or self._opcode is not None:
             self._opcode = self._opcode or opcode
-            self._fragments.append(payload)
+            self._fragments += payload
             # an empty fragment counts too, or a peer could send them without end
             self._fragments_size += len(payload) or 1
             if not fin:
                 return None
-            opcode, payload = self._opcode, b"".join(self._fragments)
-            self._opcode, self._fragments, self._fragments_size = None, [], 0
+            opcode, payload = self._opcode, bytes(self._fragments)
+            self._opcode, self._fragments, self._fragments_size = None, bytearray(), 0
         return (opcode, _decode_utf8(payload)) if opcode is Opcode.TEXT else (opcode, payload)
 
 
@@ -693,7 +692,7 @@ class RequestParser:
 
     def _parse_head(self) -> Optional[RequestHead]:
         buffer = self._buffer
-        if buffer[:2] == b"\r\n":                 # one empty line is ignored (RFC 9112, 2.2)
+        while buffer[:2] == b"\r\n":              # empty lines are ignored (RFC 9112, 2.2)
             del buffer[:2]
         end = buffer.find(b"\r\n\r\n", 0, MAX_HEAD + 4)
         if end < 0:
@@ -711,9 +710,9 @@ class RequestParser:
         if _BARE_LF.search(buffer, self._searched):
             raise BadRequest("lines must end with CR LF (RFC 9112, section 2.2)")
         self._searched = max(0, len(buffer) - 1)  # a CR at the end may yet get its LF
-        if b"\r\n" not in buffer[:MAX_TARGET + 2] and len(buffer) > MAX_TARGET:
+        if b"\r\n" not in buffer[:MAX_TARGET + 2] and len(buffer) >= MAX_TARGET + 2:
             raise TargetTooLong(f"the request line is longer than {MAX_TARGET} bytes")
-        if len(buffer) > MAX_HEAD:
+        if len(buffer) >= MAX_HEAD + 4:
             raise HeadTooLarge(f"the head is larger than {MAX_HEAD} bytes")
 
     def _parse_length(self) -> Optional[Union[bytes, object]]:
@@ -731,7 +730,7 @@ class RequestParser:
     def _take_line(self, limit: int) -> Optional[bytes]:
         end = self._buffer.find(b"\r\n", 0, limit + 2)
         if end < 0:
-            if len(self._buffer) > limit or _BARE_LF.search(self._buffer):
+            if len(self._buffer) >= limit + 2 or _BARE_LF.search(self._buffer):
                 raise BadRequest("a line of the chunked body is too long, or has no CR LF")
             return None
         line = bytes(self._buffer[:end])
@@ -779,9 +778,9 @@ def parse_response_head(buffer: bytes) -> Optional[Tuple[int, Dict[str, str], by
 
     Raises ProtocolError when it is not HTTP/1.x or its head is too large.
     """
-    end = buffer.find(b"\r\n\r\n")
+    end = buffer.find(b"\r\n\r\n", 0, MAX_HEAD + 4)
     if end < 0:
-        if len(buffer) > MAX_HEAD:
+        if len(buffer) >= MAX_HEAD + 4:
             raise ProtocolError("response head is too large")
         return None
     line, _, rest = bytes(buffer[:end]).partition(b"\r\n")
@@ -853,6 +852,7 @@ class Event(NamedTuple):
 def encode_event(data: str, event_id: Optional[int] = None) -> bytes:
     """Return an event without an `event:` line, so that EventSource.onmessage fires."""
     head = "" if event_id is None else f"id: {event_id}\n"
+    data = data.replace("\r\n", "\n").replace("\r", "\n")       # each of them ends a line
     return (head + "".join([f"data: {line}\n" for line in data.split("\n")]) + "\n").encode()
 
 
@@ -867,7 +867,7 @@ class EventParser:
         self._text = ""
         self._data: List[str] = []
         self._size = 0
-        self._event = ""
+        self._event = self._id = ""
 
     def feed(self, data: bytes) -> List[Event]:
         """Return the events that `data` completes. Raises ProtocolError for a too large one."""
@@ -888,16 +888,17 @@ class EventParser:
         value = value[1:] if value.startswith(" ") else value
         if name == "data":
             self._data.append(value)
-            self._size += len(value)
+            self._size += len(value) + 1          # empty lines count too
         elif name == "id" and "\0" not in value:
-            self.last_id = value
+            self._id = value
         elif name == "event":
             self._event = value
-        elif name == "retry" and value.isascii() and value.isdigit():
+        elif name == "retry" and value.isascii() and value.isdigit() and len(value) < 10:
             self.retry_s = int(value) / 1000
         return None
 
     def _finish(self) -> Optional[Event]:
+        self.last_id = self._id                   # only now: half an event was not received
         event = Event(self.last_id, self._event or "message", "\n".join(self._data))
         empty = not self._data
         self._data, self._event, self._size = [], "", 0
@@ -1048,14 +1049,14 @@ def _parse_body(message: Dict[str, Any]) -> bytes:
         return b""
     if isinstance(body, bytes):
         return body
-    if not isinstance(body, str):                 # a JSON value in place of its text
-        return encode_json(body).encode()
-    if not message.get("is_binary"):
-        return body.encode(errors="surrogatepass")
     try:
-        return base64.b64decode(body, validate=True)
-    except binascii.Error:
-        raise ProtocolError("binary body that is not base64") from None
+        if not isinstance(body, str):             # a JSON value in place of its text
+            return encode_json(body).encode()
+        if message.get("is_binary"):
+            return base64.b64decode(body, validate=True)
+    except (ValueError, TypeError, RecursionError):    # NaN, half a surrogate pair, no base64, ...
+        raise ProtocolError("body that is no JSON value or no base64") from None
+    return body.encode(errors="surrogatepass")
 
 
 def encode_response(req_id: str, status: int, headers: Dict[str, str], body: bytes) -> str:
@@ -1690,8 +1691,10 @@ def open_websocket(url: BridgeURL, token: Optional[str],
         status, fields, rest = _recv_response(sock)
         if status != HTTPStatus.SWITCHING_PROTOCOLS:
             raise Refused(status, fields)
-        if fields.get("sec-websocket-accept") != accept_key(key):
-            raise ProtocolError("the upgrade was answered without the right Sec-WebSocket-Accept")
+        if fields.get("sec-websocket-accept") != accept_key(key) or \
+                fields.get("upgrade", "").lower() != "websocket" or \
+                "sec-websocket-extensions" in fields:            # none was offered
+            raise ProtocolError("the upgrade was not answered as RFC 6455, section 4.1, asks")
         return sock, rest
     except BaseException:
         sock.close()
@@ -3661,7 +3664,11 @@ class HttpConnection:
         head, body = exchange.head, response.body
         keep = head.keep_alive and not self._gateway.stopping
         fields = _response_fields(response)
-        fields += [("X-Request-ID", exchange.request_id), ("Content-Length", str(len(body)))]
+        fields.append(("X-Request-ID", exchange.request_id))
+        if response.status_code in (204, 304):    # no body, and no length (RFC 9110, section 8.6)
+            body = b""
+        else:
+            fields.append(("Content-Length", str(len(body))))
         if not keep:
             fields.append(("Connection", "close"))
         elif head.is_http10:
@@ -4059,6 +4066,9 @@ class EdgeLink:
             exchange.fail(BadGateway(f"edge {self.name!r} gave an answer that makes no sense: "
                                      f"{error}"))
             return
+        except Exception:                         # ours; the exchange is in no table any more
+            exchange.fail(BadGateway(f"the answer of edge {self.name!r} could not be read"))
+            raise
         response = Response(body, status)
         response.headers.update({name: value for name, value in headers.items()
                                  if name in _EDGE_FIELDS

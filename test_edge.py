@@ -11,6 +11,8 @@ import contextlib
 import hashlib
 import json
 import os
+import queue
+import random
 import shutil
 import socket
 import ssl
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -746,6 +749,1015 @@ def test_an_event_without_end_is_refused():
     with pytest.raises(ProtocolError):
         for _ in range(100):
             parser.feed(b"data: " + b"x" * 50)
+
+
+# ---------------------------------------------------------------------------
+# Frames, further: every cut, every reserved bit, how much a peer can make us keep
+# ---------------------------------------------------------------------------
+
+MASK = bytes.fromhex("37fa213d")                 # RFC 6455, section 5.7
+HELLO = "48656c6c6f"
+
+
+def ways_to_cut(data):
+    """Return `data` whole, in two pieces cut at every place, and byte by byte: lists of pieces."""
+    halves = [[data[:at], data[at:]] for at in range(1, len(data))]
+    return [[data], *halves, [data[at:at + 1] for at in range(len(data))]]
+
+
+def read_frames(pieces, masked=False, **options):
+    """Return the messages of the pieces, read after each of them."""
+    parser, found = FrameParser(masked=masked, **options), []
+    for piece in pieces:
+        parser.feed(piece)
+        found += iter(parser.next_message, None)
+    return found
+
+
+def refusal_of(function, *args, error=ProtocolError):
+    """Return the error that the call raises; fail when it raises another or none."""
+    with pytest.raises(error) as caught:
+        function(*args)
+    return caught.value
+
+
+def test_the_short_frames_of_the_rfc_in_a_row_survive_every_cut():
+    plain = bytes.fromhex(f"8105{HELLO} 0103 48656c 8002 6c6f 8905{HELLO} 8a05{HELLO} 880203e8")
+    for pieces in ways_to_cut(plain):
+        assert read_frames(pieces) == [
+            (Opcode.TEXT, "Hello"), (Opcode.TEXT, "Hello"), (Opcode.PING, b"Hello"),
+            (Opcode.PONG, b"Hello"), (Opcode.CLOSE, b"\x03\xe8")]
+    masked = bytes.fromhex("8185 37fa213d 7f9f4d5158 8a85 37fa213d 7f9f4d5158")
+    for pieces in ways_to_cut(masked):
+        assert read_frames(pieces, masked=True) == [(Opcode.TEXT, "Hello"), (Opcode.PONG, b"Hello")]
+
+
+@pytest.mark.parametrize("size, plain, masked", [
+    (0, "8200", "8280"), (125, "827d", "82fd"), (126, "827e007e", "82fe007e"),
+    (65535, "827effff", "82feffff"),
+    (65536, "827f0000000000010000", "82ff0000000000010000")])
+def test_a_length_is_written_in_the_fewest_bytes(size, plain, masked):
+    payload = b"\x07" * size
+    assert encode_frame(Opcode.BINARY, payload) == bytes.fromhex(plain) + payload
+    head = bytes.fromhex(masked) + MASK
+    assert encode_frame(Opcode.BINARY, payload, mask=MASK)[:len(head)] == head
+
+
+@pytest.mark.parametrize("size", [*range(10), 1000, 65537])
+def test_masking_is_an_exclusive_or_and_its_own_inverse(size):
+    payload = os.urandom(size)
+    mixed = radical_edge.apply_mask(payload, MASK)
+    assert mixed == bytes(byte ^ MASK[at % 4] for at, byte in enumerate(payload))
+    assert radical_edge.apply_mask(mixed, MASK) == payload
+
+
+def test_masking_keys_are_fresh():
+    keys = [radical_edge.new_mask() for _ in range(5000)]
+    assert {len(key) for key in keys} == {4}
+    assert len(set(keys)) > 4990                 # of 2**32; two alike are rare, ten never happen
+
+
+@pytest.mark.parametrize("head", [
+    *(f"{0x80 | bits | 1:02x}00" for bits in (0x10, 0x20, 0x40, 0x70)), "4000", "c900",
+    *(f"8{opcode:x}00" for opcode in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)),
+    "0800", "0900", "0a00", "887e", "897e", "8a7f", "8180", "8980",
+    "827e0000", "827e007d", "827f0000000000000000", "827f000000000000ffff",
+    "827fffffffffffffffff", "827f8000000000000000"])
+def test_a_bad_frame_head_is_1002_before_any_payload_comes(head):
+    assert refusal_of(read_frames, [bytes.fromhex(head)]).code == 1002
+
+
+@pytest.mark.parametrize("head", ["8105", "8905", "0100", "817e", "8800"])
+def test_a_client_that_does_not_mask_is_1002(head):
+    error = refusal_of(lambda: read_frames([bytes.fromhex(head)], masked=True))
+    assert error.code == 1002
+
+
+@pytest.mark.parametrize("frames", ["8001 61", "0001 61", "0101 61 8101 62", "0101 61 8201 62",
+                                    "0101 61 0101 62", "0101 61 8001 62 8001 63"])
+def test_fragments_out_of_order_are_1002(frames):
+    assert refusal_of(read_frames, [bytes.fromhex(frames)]).code == 1002
+
+
+@pytest.mark.parametrize("text", [
+    "c3", "c328", "80", "c0af", "e08080", "eda080", "edbfbf", "f4908080", "f8a1a1a1a1", "fe"])
+def test_text_that_is_not_utf_8_is_1007_also_in_fragments(text):
+    raw_text = bytes.fromhex(text)
+    parts = [encode_frame(Opcode.TEXT, b"a", fin=False),
+             *(encode_frame(Opcode.CONTINUATION, raw_text[at:at + 1], fin=False)
+               for at in range(len(raw_text))), encode_frame(Opcode.CONTINUATION, b"")]
+    for pieces in ([encode_frame(Opcode.TEXT, raw_text)], parts):
+        assert refusal_of(read_frames, pieces).code == 1007
+
+
+def test_a_character_may_be_cut_by_fragments_with_control_frames_in_between():
+    text = "aä€😀".encode()
+    ping = encode_frame(Opcode.PING, b"p")
+    frames = encode_frame(Opcode.TEXT, b"", fin=False) + b"".join(
+        ping + encode_frame(Opcode.CONTINUATION, text[at:at + 1], fin=False)
+        for at in range(len(text))) + encode_frame(Opcode.CONTINUATION, b"")
+    for pieces in ways_to_cut(frames):
+        assert read_frames(pieces) == [(Opcode.PING, b"p")] * len(text) + [
+            (Opcode.TEXT, "aä€😀")]
+
+
+def test_binary_may_hold_anything():
+    payload = bytes(range(256))
+    assert read_frames([encode_frame(Opcode.BINARY, payload)]) == [(Opcode.BINARY, payload)]
+
+
+def test_a_message_of_the_limit_is_read_and_one_byte_more_is_1009():
+    whole = encode_frame(Opcode.BINARY, b"x" * 1000)
+    halves = (encode_frame(Opcode.BINARY, b"x" * 500, fin=False) + encode_frame(Opcode.PING, b"p")
+              + encode_frame(Opcode.CONTINUATION, b"x" * 500))
+    found = read_frames([whole, halves, whole, halves], max_message=1000)
+    assert [len(payload) for _, payload in found] == [1000, 1, 1000, 1000, 1, 1000]
+    for head in ("827e03e9", "817e03e9", "827f7fffffffffffffff"):    # not a byte of it has come
+        error = refusal_of(lambda: read_frames([bytes.fromhex(head)], max_message=1000))
+        assert error.code == 1009
+
+
+def test_small_fragments_cost_no_more_memory_than_a_few_times_their_payload():
+    # each fragment is an object of its own; 96 MiB in twos would take about 2 GiB
+    parser = FrameParser(masked=False)
+    parser.feed(encode_frame(Opcode.BINARY, b"", fin=False))
+    tracemalloc.start()
+    try:
+        for _ in range(100):
+            parser.feed(encode_frame(Opcode.CONTINUATION, b"ab", fin=False) * 1000)
+            assert parser.next_message() is None
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 4 * 200_000
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 1002, 1003, 1007, 1011, 1014, 3000, 3999, 4000, 4999])
+def test_close_codes_that_may_be_sent_are_read(code):
+    assert parse_close(encode_close(code, "grüße")[2:]) == (code, "grüße")
+
+
+@pytest.mark.parametrize("payload, expected", [
+    ("03", 1002), ("0000", 1002), ("03e7", 1002), ("03ec", 1002), ("03ed", 1002), ("03ee", 1002),
+    ("03f7", 1002), ("03f8", 1002), ("07d0", 1002), ("0bb7", 1002), ("1388", 1002),
+    ("ffff", 1002), ("03e8ff", 1007), ("03e8eda080", 1007), ("03e8c3", 1007)])
+def test_a_bad_close_frame_has_a_close_code_itself(payload, expected):
+    assert refusal_of(parse_close, bytes.fromhex(payload)).code == expected
+
+
+# ---------------------------------------------------------------------------
+# Whole connections to other implementations: theirs at one end, ours at the other
+# ---------------------------------------------------------------------------
+
+BODY_SIZES = (0, 1, 125, 126, 65535, 65536, 8 << 20)
+
+
+class WsprotoPeer:
+    """One end of a WebSocket, spoken by wsproto over a real socket."""
+
+    def __init__(self, sock, client):
+        wsproto = pytest.importorskip("wsproto", reason="needs wsproto")
+        self._events = pytest.importorskip("wsproto.events")
+        kind = wsproto.ConnectionType.CLIENT if client else wsproto.ConnectionType.SERVER
+        self._connection, self._sock = wsproto.WSConnection(kind), sock
+        self._sock.settimeout(10)
+        self.pongs = []
+
+    def ask(self, path, token):
+        """Ask for the upgrade, as a client; return when it is granted."""
+        self._say(self._events.Request(host="127.0.0.1", target=path, extra_headers=[
+            (b"Authorization", f"Bearer {token}".encode())]))
+        assert isinstance(self._next(), self._events.AcceptConnection)
+
+    def grant(self):
+        """Grant the upgrade, as a server; return the path that was asked for."""
+        request = self._next()
+        self._say(self._events.AcceptConnection())
+        return request.target
+
+    def send(self, payload, ping=None):
+        """Send a message; with `ping`, in three fragments and with a ping after each."""
+        event = self._events.TextMessage if isinstance(payload, str) else self._events.BytesMessage
+        third = len(payload) // 3 if ping else len(payload)
+        for at in range(0, len(payload), third or len(payload)):
+            part = payload[at:at + third]
+            self._say(event(data=part, message_finished=at + third >= len(payload)))
+            if ping:
+                self._say(self._events.Ping(payload=ping))
+
+    def close(self, code):
+        """Close with the closing handshake; return the code that comes back."""
+        self._say(self._events.CloseConnection(code=code))
+        event = self._next()
+        while not isinstance(event, self._events.CloseConnection):
+            event = self._next()
+        return event.code
+
+    def recv(self):
+        """Return the next message."""
+        parts = []
+        while True:
+            event = self._next()
+            if isinstance(event, self._events.Ping):
+                self._say(event.response())
+            elif isinstance(event, self._events.Pong):
+                self.pongs.append(bytes(event.payload))
+            else:
+                parts.append(event.data)
+                if event.message_finished:
+                    return type(event.data)().join(parts)
+
+    def recv_json(self, kind):
+        """Return the next message of this type, JSON or msgpack."""
+        while True:
+            message = radical_edge.parse_message(self.recv())
+            if message["type"] == kind:
+                return message
+
+    def _say(self, event):
+        self._sock.sendall(self._connection.send(event))
+
+    def _next(self):
+        while True:
+            for event in self._connection.events():
+                return event
+            data = self._sock.recv(65536)
+            assert data, "closed"
+            self._connection.receive_data(data)
+
+
+def encode_answer(req_id, body):
+    """Return the answer of an edge of version 1, with a body in base64."""
+    return json.dumps({"type": "response", "req_id": req_id, "status": 200, "is_binary": True,
+                       "headers": {}, "body": base64.b64encode(body).decode()})
+
+
+REGISTER = json.dumps({"type": "register", "edge_name": "old", "plugins": {"p": {"type": "p"}}})
+
+
+def test_wsproto_as_an_edge_serves_bodies_of_every_size(bridge, tokens, raw):
+    client = raw()
+    with socket.create_connection(("127.0.0.1", client.port), timeout=10) as sock:
+        link = WsprotoPeer(sock, client=True)
+        link.ask("/register", tokens[1]["edge"])
+        link.send(REGISTER, ping=b"hello")
+        link.recv_json("topology")
+        assert link.pongs == [b"hello"] * len(link.pongs) != []
+        for size in BODY_SIZES:
+            body = os.urandom(size)
+            client.send_request("POST", "/old/p/x", body)
+            request = link.recv_json("request")
+            assert radical_edge.parse_request(request).body == body
+            link.send(encode_answer(request["req_id"], body[::-1]), ping=b"now")
+            status, _, answer = client.reply()
+            assert (status, answer) == (200, body[::-1])
+        assert link.close(1000) == 1000
+
+
+def test_websockets_as_an_edge_answers_in_fragments_with_pings_in_between(bridge, tokens, raw):
+    sync = pytest.importorskip("websockets.sync.client", reason="needs websockets")
+    url = bridge.url.replace("http://", f"ws://x:{tokens[1]['edge']}@") + "/register"
+    client, pongs = raw(), []
+    with sync.connect(url, max_size=None) as link:
+        assert link.protocol.extensions == []    # compression was offered and not taken
+
+        def parts_of(text):
+            third = len(text) // 3
+            for at in (0, third, 2 * third):
+                pongs.append(link.ping())
+                yield text[at:at + third] if at < 2 * third else text[at:]
+
+        link.send(REGISTER)
+        assert json.loads(link.recv(10))["type"] == "topology"
+        for size in BODY_SIZES:
+            body = b"\xff" * size
+            client.send_request("POST", "/old/p/x", body)
+            request = radical_edge.parse_message(link.recv(10))
+            assert radical_edge.parse_request(request).body == body
+            link.send(parts_of(encode_answer(request["req_id"], body)))
+            assert client.reply()[::2] == (200, body)
+            assert all(pong.wait(10) for pong in pongs)
+    assert link.close_code == 1000
+
+
+@pytest.mark.parametrize("frames, code", [
+    ("8105" + HELLO, 1002), ("f180 37fa213d", 1002), ("8381 37fa213d 00", 1002),
+    ("8182 00000000 c328", 1007), ("8182 00000000 7b7d", 1007), ("81ff 0000000010000000", 1009),
+    ("8190 00000000" + b'{"type": "late"}'.hex(), 1008), ("8882 00000000 03e8", 1000),
+    ("8882 00000000 03ed", 1002)])
+def test_the_bridge_leaves_a_peer_that_breaks_the_protocol_with_the_close_code(
+        bridge, tokens, frames, code):
+    target = radical_edge.parse_bridge_url(bridge.url)
+    sock, rest = radical_edge.open_websocket(target, tokens[1]["edge"], None)
+    with sock:
+        sock.sendall(bytes.fromhex(frames))
+        while len(rest) < 2 or len(rest) < 2 + rest[1]:
+            data = sock.recv(4096)
+            assert data, "closed without a close frame"
+            rest += data
+        assert parse_close(rest[2:2 + rest[1]])[0] == code
+
+
+@contextlib.contextmanager
+def websockets_bridge():
+    """A bridge played by `websockets`: yield its URL and a queue of the links that come."""
+    server = pytest.importorskip("websockets.sync.server", reason="needs websockets")
+    links, done = queue.Queue(), threading.Event()
+
+    def handle(link):
+        links.put(link)
+        done.wait(30)
+
+    with server.serve(handle, "127.0.0.1", 0, max_size=None) as listener:
+        thread = threading.Thread(target=listener.serve_forever)
+        thread.start()
+        try:
+            yield f"ws://127.0.0.1:{listener.socket.getsockname()[1]}/register", links
+        finally:
+            done.set()
+            listener.shutdown()
+            thread.join()
+
+
+@contextlib.contextmanager
+def running_edge(url):
+    """Our edge, with the echo plugin."""
+    edge = Edge(url, "e9", plugins=["echo"]).start()
+    try:
+        yield edge
+    finally:
+        assert edge.stop()
+
+
+def encode_echo(req_id, body):
+    """Return a request for the echo plugin, as msgpack or as JSON."""
+    return radical_edge.encode_request(req_id, "POST", "/echo/echo", {}, body)
+
+
+def test_our_edge_serves_a_bridge_made_of_websockets_in_every_size(home):
+    with websockets_bridge() as (url, links), running_edge(url) as edge:
+        link = links.get(timeout=10)
+        assert link.protocol.extensions == []
+        assert json.loads(link.recv(10))["type"] == "register"
+        link.send(json.dumps({"type": "topology", "edges": {}}))
+        for size in BODY_SIZES:
+            body = os.urandom(size)
+            opcode, payload = encode_echo(str(size), body)
+            whole = payload.decode() if opcode is Opcode.TEXT else payload
+            pongs = []
+
+            def parts(whole=whole, pongs=pongs):
+                for at in range(0, len(whole), len(whole) // 4 + 1):
+                    pongs.append(link.ping())
+                    yield whole[at:at + len(whole) // 4 + 1]
+
+            link.send(parts())
+            answer = radical_edge.parse_response(json.loads(link.recv(10)))
+            assert (answer[0], answer[2]) == (200, body)
+            assert len(pongs) == 4 and all(pong.wait(10) for pong in pongs)
+        link.send(json.dumps({"type": "ping"}))
+        assert json.loads(link.recv(10)) == {"type": "pong"}
+        link.send(json.dumps({"type": "shutdown", "reason": "enough"}))
+        assert edge.ended.wait(10)
+
+
+def test_our_edge_serves_a_bridge_made_of_wsproto(home):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
+        with running_edge(f"http://127.0.0.1:{listener.getsockname()[1]}/prefix") as edge:
+            sock, _ = listener.accept()
+            with sock:
+                link = WsprotoPeer(sock, client=False)
+                assert link.grant() == "/prefix/register"
+                assert link.recv_json("register")["edge_name"] == "e9"
+                for size in BODY_SIZES:
+                    body = os.urandom(size)
+                    opcode, payload = encode_echo(str(size), body)
+                    link.send(payload.decode() if opcode is Opcode.TEXT else payload, ping=b"p")
+                    answer = link.recv_json("response")
+                    assert radical_edge.parse_response(answer)[::2] == (200, body)
+                link.send(json.dumps({"type": "shutdown"}))
+                assert edge.ended.wait(10)
+                assert link.close(1001) == 1001
+
+
+@pytest.mark.parametrize("accept", ["", "Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"],
+                         ids=["without", "of another key"])
+def test_an_upgrade_without_the_right_accept_key_is_refused(accept):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = radical_edge.parse_bridge_url(f"http://127.0.0.1:{listener.getsockname()[1]}")
+
+        def answer():
+            with listener.accept()[0] as sock:
+                sock.recv(4096)
+                sock.sendall(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
+                             b"Connection: Upgrade\r\n" + accept.encode() + b"\r\n")
+                sock.recv(1)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        refusal_of(radical_edge.open_websocket, url, None, None)
+        thread.join()
+
+
+# ---------------------------------------------------------------------------
+# Messages, further: hostile msgpack, and every form of a request and an answer
+# ---------------------------------------------------------------------------
+
+def nested(levels, head=b"\x91"):
+    """Return msgpack of `levels` arrays (or maps) in each other, around nil."""
+    return head * levels + b"\xc0"
+
+
+def test_msgpack_nests_as_deep_as_the_limit_and_no_deeper():
+    for head in (b"\x91", b"\xdc\x00\x01", b"\x81\xa1a"):
+        radical_edge.parse_msgpack(nested(radical_edge.MAX_NESTING, head))
+        for levels in (radical_edge.MAX_NESTING + 2, 100_000):
+            refusal_of(radical_edge.parse_msgpack, nested(levels, head))
+
+
+@pytest.mark.parametrize("head", ["c4ff", "c5ffff", "c6ffffffff", "d9ff", "daffff", "dbffffffff",
+                                  "dcffff", "ddffffffff", "deffff", "dfffffffff", "8f", "9f", "bf"])
+def test_an_announced_size_takes_no_memory(head):
+    data = bytes.fromhex(head) + b"\xc0" * 10
+    tracemalloc.start()
+    try:
+        refusal_of(radical_edge.parse_msgpack, data)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("text", ["c1", "c70001", "c8000001", "c90000000001", "d40100", "d5010000",
+                                  "d60100000000", "d7ff" + "00" * 8, "d801" + "00" * 16])
+def test_msgpack_extension_types_are_refused(text):
+    refusal_of(radical_edge.parse_msgpack, bytes.fromhex(text))
+
+
+@pytest.mark.parametrize("key", ["01", "c0", "c3", "c40161", "9101", "80", "cb0000000000000000"])
+def test_a_msgpack_key_that_is_not_text_is_refused(key):
+    refusal_of(radical_edge.parse_msgpack, bytes.fromhex("81" + key + "c0"))
+
+
+@pytest.mark.parametrize("value, text", [
+    (None, "c0"), (False, "c2"), (True, "c3"), (1, "d200000001"), (-1, "d2ffffffff"),
+    ("ä", "db00000002c3a4"), (b"\xff", "c600000001ff"),
+    ({"a": b""}, "df00000001 db0000000161 c600000000")])
+def test_msgpack_is_written_by_the_specification_and_read_again(value, text):
+    assert radical_edge.encode_msgpack(value) == bytes.fromhex(text)
+    assert radical_edge.parse_msgpack(bytes.fromhex(text)) == value
+
+
+@pytest.mark.parametrize("value", [1.5, [1], {"a": {1}}, object()])
+def test_what_msgpack_is_not_written_for_is_a_value_error(value):
+    refusal_of(radical_edge.encode_msgpack, value, error=ValueError)
+
+
+def test_damaged_messages_raise_protocol_errors_and_nothing_else():
+    numbers = random.Random(6455)
+    opcode, good = radical_edge.encode_request("1", "POST", "/p/r", {"a": "b"}, b"\xff" * 20)
+    for _ in range(5000):
+        data = bytearray(good)
+        for _ in range(numbers.randint(1, 4)):
+            data[numbers.randrange(len(data))] = numbers.randrange(256)
+        with contextlib.suppress(ProtocolError):
+            radical_edge.parse_request(radical_edge.parse_message(bytes(data)))
+
+
+def test_a_request_of_version_1_has_exactly_these_fields():
+    encode = radical_edge.encode_request
+    opcode, text = encode("7", "POST", "/p/r?q", {"a": "ä"}, "ö".encode())
+    fields = {"type": "request", "req_id": "7", "method": "POST", "path": "/p/r?q",
+              "headers": {"a": "ä"}, "is_binary": False, "body": "ö"}
+    assert (opcode, json.loads(text)) == (Opcode.TEXT, fields)
+    assert json.loads(encode("7", "GET", "/", {}, b"")[1])["body"] is None
+    opcode, packed = encode("7", "POST", "/p/r?q", {"a": "ä"}, b"\xff")
+    assert opcode is Opcode.BINARY
+    assert radical_edge.parse_msgpack(packed) == {**fields, "is_binary": True, "body": b"\xff"}
+
+
+def test_an_answer_of_version_1_has_exactly_these_fields():
+    fields = {"type": "response", "req_id": "7", "status": 201, "headers": {"a": "b"}}
+    for body, sent in (("ö".encode(), {"is_binary": False, "body": "ö"}),
+                       (b"", {"is_binary": False, "body": ""}),
+                       (b"\xff\0", {"is_binary": True, "body": "/wA="})):
+        text = radical_edge.encode_response("7", 201, {"a": "b"}, body)
+        assert json.loads(text) == {**fields, **sent}
+        assert radical_edge.parse_response(json.loads(text)) == (201, {"a": "b"}, body)
+
+
+REQUEST = {"type": "request", "req_id": "1", "method": "GET", "path": "/"}
+
+
+@pytest.mark.parametrize("fields, body", [
+    ({}, b""), ({"body": None}, b""), ({"body": ""}, b""), ({"body": "ö"}, "ö".encode()),
+    ({"body": b"\xff", "is_binary": True}, b"\xff"), ({"body": b"a"}, b"a"),
+    ({"body": "/wA=", "is_binary": True}, b"\xff\0"), ({"body": {"a": [1]}}, b'{"a":[1]}'),
+    ({"body": [None, "ä"]}, '[null,"ä"]'.encode()), ({"body": 1.5}, b"1.5"),
+    ({"body": False}, b"false")])
+def test_a_body_comes_as_text_bytes_base64_or_json(fields, body):
+    assert radical_edge.parse_request({**REQUEST, **fields}).body == body
+    assert radical_edge.parse_response({"status": 200, **fields})[2] == body
+
+
+@pytest.mark.parametrize("body", [
+    '"@@@"', '"YQ"', '"Y Q=="', '"\\n"',
+    '"é"', '"\\ud800"'])                         # the last two were plain ValueErrors
+def test_a_binary_body_that_is_not_base64_is_refused(body):
+    message = json.loads(f'{{"status": 200, "is_binary": true, "body": {body}}}')
+    refusal_of(radical_edge.parse_response, message)
+    refusal_of(radical_edge.parse_request, {**REQUEST, **message})
+
+
+@pytest.mark.parametrize("body", [
+    float("nan"), [float("inf")], {"a": "\ud800"}, {"\ud800": 1}, {"a": b"bytes"}],
+    ids=["NaN", "Infinity", "a surrogate", "a surrogate as name", "bytes in an object"])
+def test_a_body_that_json_has_no_text_for_is_refused(body):
+    # other errors than ProtocolError came out
+    refusal_of(radical_edge.parse_response, {"status": 200, "body": body})
+    refusal_of(radical_edge.parse_request, {**REQUEST, "body": body})
+
+
+def test_an_answer_that_json_has_no_text_for_is_502_at_once(bridge, tokens, raw):
+    # seen by the client: it must get an answer
+    sync = pytest.importorskip("websockets.sync.client", reason="needs websockets")
+    url = bridge.url.replace("http://", f"ws://x:{tokens[1]['edge']}@") + "/register"
+    with sync.connect(url) as link:
+        link.send(REGISTER)
+        assert json.loads(link.recv(10))["type"] == "topology"
+        for body in ("NaN", '{"a": "\\ud800"}', '"\\u00e9", "is_binary": true'):
+            client = raw()
+            client.send_request("GET", "/old/p/x")
+            req_id = json.loads(link.recv(10))["req_id"]
+            link.send(f'{{"type": "response", "req_id": "{req_id}", "status": 200, '
+                      f'"body": {body}}}')
+            assert client.reply()[0] == 502
+
+
+@pytest.mark.parametrize("fields", [
+    {"req_id": 1}, {"req_id": None}, {"method": None}, {"path": ["/"]}, {"headers": ["a"]},
+    {"headers": "a: b"}])
+def test_a_request_with_a_wrong_field_is_refused(fields):
+    refusal_of(radical_edge.parse_request, {**REQUEST, **fields})
+
+
+@pytest.mark.parametrize("name, value", [
+    ("a", "b\r\nSet-Cookie: c"), ("a", "b\nc"), ("a", "b\rc"), ("a", "b\0"), ("a", "\x7f"),
+    ("a", "\x85"), ("a", "\u2028"), ("a", "\ud800"), ("a\r\nb", "c"), ("a:", "b"), ("a b", "c"),
+    ("", "b"), ("ä", "b"), ("a\n", "b"), ("a", None), ("a", ["b"]), ("a", {"b": 1}), ("a", b"b")])
+def test_a_field_that_could_break_an_answer_apart_is_refused(name, value):
+    refusal_of(radical_edge.parse_response, {"status": 200, "headers": {name: value}})
+
+
+@pytest.mark.parametrize("status", [None, "200", 200.0, True, 0, -200, 100, 101, 199, 600, 1 << 70])
+def test_a_status_that_no_answer_has_is_refused(status):
+    refusal_of(radical_edge.parse_response, {"status": status})
+
+
+def test_a_json_body_of_an_answer_has_its_media_type_unless_it_says_another():
+    parse = radical_edge.parse_response
+    assert parse({"status": 200, "body": {}})[1] == {"content-type": "application/json"}
+    fields = {"Content-Type": "a/b", "X-Count": 7}
+    assert parse({"status": 599, "headers": fields, "body": []}) == (
+        599, {"content-type": "a/b", "x-count": "7"}, b"[]")
+
+
+def test_a_lone_surrogate_in_a_text_body_is_passed_on_as_its_bytes():
+    message = radical_edge.parse_message('{"type": "response", "status": 200, "body": "\\ud800"}')
+    assert radical_edge.parse_response(message)[2] == b"\xed\xa0\x80"
+
+
+@pytest.mark.parametrize("payload", ["null", "1", '"type"', '{"type": null}', '{"type": "a"} x',
+                                     "{'type': 'a'}", "\ufeff{}", b"",
+                                     b"\x81\xa4type\x01", b"\x90"])
+def test_a_message_that_is_no_object_with_a_type_is_refused(payload):
+    refusal_of(radical_edge.parse_message, payload)
+
+
+# ---------------------------------------------------------------------------
+# HTTP/1.1, further
+# ---------------------------------------------------------------------------
+
+def read_requests(pieces):
+    """Return the requests of the pieces as (method, target, body); body None while incomplete."""
+    parser, found = RequestParser(), []
+    for piece in pieces:
+        parser.feed(piece)
+        for event in iter(parser.next_event, None):
+            if isinstance(event, radical_edge.RequestHead):
+                found.append([event.method, event.target, None])
+                body = b""
+            elif event is radical_edge.END:
+                found[-1][2] = body
+            else:
+                body += event
+    return [tuple(request) for request in found]
+
+
+X = b" HTTP/1.1\r\nHost: x\r\n"
+IN_CHUNKS = b"POST /c" + X + b"Transfer-Encoding: chunked\r\n\r\n"
+WELL_FORMED = {
+    "chunks with extensions and trailers": (
+        IN_CHUNKS + b'3;a;b=c;d="e;f"\r\nabc\r\n0000F \t;x\r\n' + b"x" * 15
+        + b"\r\n000;last\r\nA: b\r\nExpires: \xe4\r\n\r\n", [("POST", "/c", b"abc" + b"x" * 15)]),
+    "no chunk but the last": (IN_CHUNKS + b"0\r\n\r\n", [("POST", "/c", b"")]),
+    "a body with line ends": (b"PUT /" + X + b"Content-Length: 8\r\n\r\n\r\n\r\nGET ",
+                              [("PUT", "/", b"\r\n\r\nGET ")]),
+    "a chunk with line ends": (IN_CHUNKS + b"5\r\n0\r\n\r\n\r\n0\r\n\r\n",
+                               [("POST", "/c", b"0\r\n\r\n")]),
+    "four pipelined, of every framing": (
+        IN_CHUNKS + b"1\r\na\r\n0\r\n\r\n" + b"\r\nGET /2" + X + b"\r\n"
+        + b"POST /3" + X + b"Content-Length: 002\r\n\r\nbc" + b"HEAD /4?q" + X + b"\r\n",
+        [("POST", "/c", b"a"), ("GET", "/2", b""), ("POST", "/3", b"bc"), ("HEAD", "/4?q", b"")]),
+    "the absolute form": (b"GET HTTP://h:1//a;b?c?d" + X + b"\r\n", [("GET", "//a;b?c?d", b"")]),
+    "the absolute form without a path": (b"GET https://h?q" + X + b"\r\n", [("GET", "/?q", b"")]),
+    "the asterisk": (b"OPTIONS *" + X + b"\r\n", [("OPTIONS", "/*", b"")]),
+    "a method of its own": (b"M-SEARCH!~ /" + X + b"\r\n", [("M-SEARCH!~", "/", b"")]),
+    "HTTP/1.9": (b"GET / HTTP/1.9\r\nHost:\r\n\r\n", [("GET", "/", b"")]),
+    "HTTP/1.0 with a length": (b"POST / HTTP/1.0\r\nContent-Length: 1\r\n\r\na",
+                               [("POST", "/", b"a")]),
+    "an obs-text value": (b"GET /" + X + b"A: \xff\xe4 \t,\r\n\r\n", [("GET", "/", b"")]),
+}
+
+
+@pytest.mark.parametrize("name", WELL_FORMED)
+def test_well_formed_requests_are_the_same_whatever_their_cuts(name):
+    data, requests = WELL_FORMED[name]
+    for pieces in ways_to_cut(data):
+        assert read_requests(pieces) == requests
+
+
+@pytest.mark.parametrize("name", WELL_FORMED)
+def test_a_request_is_not_complete_before_its_last_byte(name):
+    data, requests = WELL_FORMED[name]
+    for cut in range(len(data)):
+        assert read_requests([data[:cut]]) != requests
+
+
+def read_head(data):
+    """Return the RequestHead that `data` begins with."""
+    parser = RequestParser()
+    parser.feed(data)
+    return parser.next_event()
+
+
+@pytest.mark.parametrize("fields, keep_alive", [
+    (b"", True), (b"Connection: close\r\n", False), (b"Connection: Upgrade ,\tCLOSE\r\n", False),
+    (b"Connection: a\r\nConnection: close\r\n", False), (b"Connection: closed\r\n", True)])
+def test_a_connection_is_kept_unless_closed(fields, keep_alive):
+    assert read_head(b"GET /" + X + fields + b"\r\n").keep_alive is keep_alive
+
+
+def test_a_connection_of_http_1_0_is_kept_only_when_asked():
+    assert not read_head(b"GET / HTTP/1.0\r\n\r\n").keep_alive
+    assert read_head(b"GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n").keep_alive
+
+
+def test_the_parts_of_a_head():
+    head = read_head(b"POST http://h:1/a/b?c=d?e HTTP/1.1\r\nHost: x\r\nA: 1\r\na:2 \r\nCookie: b=c"
+                     b"\r\nCookie: d=e\r\nExpect: 100-Continue\r\nContent-Length: 3\r\n\r\n")
+    assert (head.host, head.path, head.query, head.length) == ("h:1", "/a/b", "c=d?e", 3)
+    assert (head.fields["a"], head.fields["cookie"]) == ("1, 2", "b=c; d=e")
+    assert head.expects_continue and not head.is_http10
+    old = read_head(b"POST / HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\n")
+    assert old.is_http10 and not old.expects_continue      # RFC 9110, section 10.1.1
+    assert read_head(IN_CHUNKS).length is None
+
+
+def test_what_follows_an_upgrade_is_handed_over():
+    parser = RequestParser()
+    parser.feed(b"GET /" + X + b"\r\n\x81\x00")
+    assert parser.next_event() and parser.next_event() is radical_edge.END
+    assert (parser.buffered, parser.take_rest(), parser.buffered) == (2, b"\x81\x00", 0)
+
+
+LENGTH = b"POST /" + X + b"Content-Length: "
+CODING = b"POST /" + X + b"Transfer-Encoding: "
+MALFORMED = {
+    "an empty length": (LENGTH + b"\r\n\r\n", 400),
+    "a length with a letter": (LENGTH + b"3b\r\n\r\n", 400),
+    "a fraction": (LENGTH + b"3.0\r\n\r\n", 400), "a space within": (LENGTH + b"1 2\r\n\r\n", 400),
+    "digits of UTF-8": (LENGTH + "３".encode() + b"\r\n\r\n", 400),
+    "a no-break space": (LENGTH + b"3\xa0\r\n\r\n", 400),
+    "different lengths": (LENGTH + b"3\r\nContent-Length: 4\r\n\r\n", 400),
+    "different in a list": (LENGTH + b"1, 2\r\n\r\n", 400),
+    "the coding before the length": (CODING + b"chunked\r\nContent-Length: 3\r\n\r\n", 400),
+    "identity": (CODING + b"identity\r\n\r\n", 501), "an empty coding": (CODING + b"\r\n\r\n", 501),
+    "chunked twice": (CODING + b"chunked, chunked\r\n\r\n", 501),
+    "chunked and a comma": (CODING + b"chunked,\r\n\r\n", 501),
+    "not quite chunked": (CODING + b"xchunked\r\n\r\n", 501),
+    "a vertical tab": (CODING + b"\x0bchunked\r\n\r\n", 400),
+    "a coding in HTTP/1.0 with a length": (
+        b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\nContent-Length: 1\r\n\r\n", 400),
+    "PUT without a length in HTTP/1.0": (b"PUT / HTTP/1.0\r\n\r\n", 411),
+    "a tab before the colon": (b"GET /" + X + b"A\t: b\r\n\r\n", 400),
+    "a field without a name": (b"GET /" + X + b": b\r\n\r\n", 400),
+    "a name beyond ASCII": (b"GET /" + X + b"\xe4: b\r\n\r\n", 400),
+    "a fold with a tab": (b"GET /" + X + b"A: b\r\n\tc\r\n\r\n", 400),
+    "a fold at once": (b"GET / HTTP/1.1\r\n Host: x\r\n\r\n", 400),
+    "CR LF LF": (b"GET /" + X + b"A: b\r\n\n", 400),
+    "LF CR LF": (b"GET /" + X + b"A: b\n\r\n", 400),
+    "a bare CR before CR LF": (b"GET /" + X + b"A: b\r\r\n\r\n", 400),
+    "DEL in a value": (b"GET /" + X + b"A: \x7f\r\n\r\n", 400),
+    "a tab in the request line": (b"GET\t/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "a space at its end": (b"GET / HTTP/1.1 \r\nHost: x\r\n\r\n", 400),
+    "HTTP/1.10": (b"GET / HTTP/1.10\r\nHost: x\r\n\r\n", 400),
+    "HTTP/0.9": (b"GET / HTTP/0.9\r\n\r\n", 505), "HTTP/3.1": (b"GET / HTTP/3.1\r\n\r\n", 505),
+    "a TLS greeting": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n\r\n", 400),
+    "a host and port": (b"CONNECT h:1" + X + b"\r\n", 400), "GET *": (b"GET *" + X + b"\r\n", 400),
+    "another scheme": (b"GET ftp://h/" + X + b"\r\n", 400),
+    "a user in the target": (b"GET http://u@h/" + X + b"\r\n", 400),
+    "no host in the target": (b"GET http:///a" + X + b"\r\n", 400),
+    "two Hosts of two cases": (b"GET /" + X + b"hOST: x\r\n\r\n", 400),
+    "no chunk size": (IN_CHUNKS + b";a=b\r\n", 400), "a space first": (IN_CHUNKS + b" 5\r\n", 400),
+    "a negative chunk size": (IN_CHUNKS + b"-1\r\n", 400),
+    "0x in a chunk size": (IN_CHUNKS + b"0x5\r\nhello\r\n", 400),
+    "an underscore in a chunk size": (IN_CHUNKS + b"1_0\r\n", 400),
+    "a chunk without its CR LF": (IN_CHUNKS + b"3\r\nabc0\r\n\r\n", 400),
+    "a chunk with LF alone": (IN_CHUNKS + b"3\r\nabc\n0\r\n\r\n", 400),
+    "a chunk extension with LF": (IN_CHUNKS + b"3;a\nabc\r\n", 400),
+    "a chunk extension with NUL": (IN_CHUNKS + b"3;\0\r\nabc\r\n", 400),
+    "a trailer with LF": (IN_CHUNKS + b"0\r\nA: b\n\r\n", 400),
+    "a trailer without a colon": (IN_CHUNKS + b"0\r\nnonsense\r\n\r\n", 400),
+    "too many trailers": (IN_CHUNKS + b"0\r\n" + b"A: b\r\n" * 101 + b"\r\n", 431),
+    "a trailer without end": (IN_CHUNKS + b"0\r\nA: " + b"b" * 9000, 400),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_requests_are_refused_with_their_status_whatever_their_cuts(name):
+    data, status = MALFORMED[name]
+    ways = ways_to_cut(data) if len(data) < 300 else [[data], [data[:40], data[40:]]]
+    for pieces in ways:
+        assert refusal_of(read_requests, pieces, error=EdgeError).status == status
+
+
+LONGEST_LINE = b"GET /" + b"a" * (radical_edge.MAX_TARGET - 14) + b" HTTP/1.1"
+LARGEST_HEAD = (b"GET /" + X + b"A: ").ljust(radical_edge.MAX_HEAD, b"a")
+LONGEST_CHUNK_LINE = IN_CHUNKS + b"1;".ljust(radical_edge.MAX_CHUNK_LINE, b"a")
+
+
+@pytest.mark.parametrize("data, rest", [
+    (LONGEST_LINE, b"\r\nHost: x\r\n\r\n"), (LARGEST_HEAD, b"\r\n\r\n"),
+    (LONGEST_CHUNK_LINE, b"\r\na\r\n0\r\n\r\n"),
+    (b"\r\n", b"\r\nGET /" + X + b"\r\n")],
+    ids=["a request line", "a head", "a chunk line", "two empty lines"])
+def test_the_answer_to_a_borderline_request_does_not_depend_on_its_cuts(data, rest):
+    # a limit counted half a line end, and every read forgave one more empty line
+    def outcome(pieces):
+        try:
+            return read_requests(pieces)
+        except EdgeError as error:
+            return error.status
+
+    whole = outcome([data + rest])
+    for cut in range(len(rest) + 1):
+        assert outcome([data + rest[:cut], rest[cut:]]) == whole
+
+
+def test_one_byte_more_than_the_limit_is_refused():
+    for data, status in ((LONGEST_LINE.replace(b" HTTP", b"a HTTP") + b"\r\nHost: x\r\n\r\n", 414),
+                         (LARGEST_HEAD + b"a\r\n\r\n", 431),
+                         (LONGEST_CHUNK_LINE + b"a\r\na\r\n0\r\n\r\n", 400)):
+        assert refusal_of(read_requests, [data], error=EdgeError).status == status
+
+
+def test_damaged_requests_raise_edge_errors_and_nothing_else():
+    numbers = random.Random(9112)
+    seeds = [data for data, _ in WELL_FORMED.values()]
+    for _ in range(5000):
+        data = bytearray(numbers.choice(seeds))
+        for _ in range(numbers.randint(1, 3)):
+            data[numbers.randrange(len(data))] = numbers.choice(b"\r\n :;0Fa[]\0\xff/?*")
+        with contextlib.suppress(EdgeError):
+            read_requests([bytes(data)])
+
+
+# what h11 decides otherwise on WELL_FORMED and MALFORMED, and why we differ (RFC 9112)
+H11_DECIDES_OTHERWISE = {
+    "chunks with extensions and trailers": "section 7.1.1: space before ';' must be read",
+    "the coding before the length": "section 6.3: may be refused as an attempt to smuggle",
+    "a coding in HTTP/1.0 with a length": "section 6.1: faulty framing; h11 takes it",
+    "PUT without a length in HTTP/1.0": "RFC 1945, section 7.2.2: it cannot be delimited",
+    "a fold with a tab": "section 5.2: a server must refuse or replace it; h11 replaces",
+    "CR LF LF": "section 2.2 allows it, and smuggling lives on it", "LF CR LF": "likewise",
+    "a trailer with LF": "likewise",
+    "DEL in a value": "RFC 9110, section 5.5: control characters are invalid; h11 lets some pass",
+    "a chunk extension with NUL": "likewise",
+    "HTTP/0.9": "h11 takes any version and leaves it to the application", "HTTP/3.1": "likewise",
+    "a host and port": "section 3.2: h11 leaves the target to the application",
+    "GET *": "likewise", "another scheme": "likewise", "a user in the target": "likewise",
+    "no host in the target": "likewise",
+    "too many trailers": "h11 has one limit for head and trailers, 64 KiB",
+    "a trailer without end": "likewise",
+}
+
+
+def accepted_by_h11(data):
+    """Return whether h11 reads one request of `data` without an error."""
+    h11 = pytest.importorskip("h11", reason="needs h11")
+    connection = h11.Connection(h11.SERVER)
+    connection.receive_data(data)
+    try:
+        while type(connection.next_event()) in (h11.Request, h11.Data):
+            pass
+    except h11.RemoteProtocolError:
+        return False
+    return True
+
+
+def test_h11_decides_the_same_on_these_too_but_for_what_is_written_down():
+    differs = {name for name, (data, _) in {**WELL_FORMED, **MALFORMED}.items()
+               if accepted_by_h11(data) != (name in WELL_FORMED)}
+    assert differs == set(H11_DECIDES_OTHERWISE)
+
+
+@pytest.mark.parametrize("target", ["http://[::1/", "http://[x]/a"])
+def test_a_target_that_no_url_is_gets_an_answer(bridge, raw, target):
+    client = raw()
+    client.send(f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+    assert client.reply()[0] in (400, 401, 403, 404)
+
+
+@pytest.mark.parametrize("path, segments", [
+    ("/", [""]), ("//", ["", ""]), ("/a/", ["a", ""]), ("/a%2fb/c%2F", ["a/b", "c/"]),
+    ("/a+b", ["a+b"]), ("/%252e%252e", ["%2e%2e"]), ("/...", ["..."]), ("/.a/a.", [".a", "a."]),
+    ("/%E2%82%AC", ["€"]), ("/a;b=c", ["a;b=c"]), ("/%3F%23", ["?#"]), ("/%2e%2e%2f", ["../"])])
+def test_each_segment_of_a_path_is_decoded_once(path, segments):
+    assert radical_edge.parse_path(path) == segments
+
+
+@pytest.mark.parametrize("path", [
+    "/.", "/./a", "/a/..", "/%2e", "/%2E%2e", "/.%2e", "/a/%2e./b", "/a%00", "/%0d%0aA:", "/%1b",
+    "/%7f", "/%c2%85", "/%ff", "/%c0%ae", "/%ed%a0%80", "/%e2%82", "/%E2%80%AE"])
+def test_a_path_with_dots_controls_or_no_utf_8_is_refused(path):
+    refusal_of(radical_edge.parse_path, path, error=radical_edge.BadRequest)
+
+
+@pytest.mark.parametrize("query, values", [
+    ("", {}), ("a", {"a": ""}), ("a=", {"a": ""}), ("=b", {"": "b"}), ("a=b=c", {"a": "b=c"}),
+    ("a=1;b=2", {"a": "1;b=2"}), ("a=1&&b=2&", {"a": "1", "b": "2"}), ("a=1&a=2", {"a": "2"}),
+    ("a+b=c+d%2B", {"a b": "c d+"}), ("a%3Db=%26", {"a=b": "&"}), ("q=%E2%82%AC", {"q": "€"}),
+    ("&".join(f"{number}=x" for number in range(100)), {str(at): "x" for at in range(100)})],
+    ids=lambda value: str(value)[:20])
+def test_a_query_is_read_as_forms_are(query, values):
+    assert radical_edge.parse_query(query) == values
+
+
+@pytest.mark.parametrize("query", ["a=%ff", "%c3=a", "a=%ed%a0%80", "&".join(["a=1"] * 101),
+                                   "&" * 10_000], ids=lambda query: query[:12])
+def test_a_query_that_is_not_utf_8_or_too_long_is_refused(query):
+    refusal_of(radical_edge.parse_query, query, error=radical_edge.BadRequest)
+
+
+# ---------------------------------------------------------------------------
+# Response heads and chunks
+# ---------------------------------------------------------------------------
+
+def test_a_response_head_is_written_and_read_again():
+    head = radical_edge.encode_response_head(200, [("A", "b"), ("C", "ä"), ("D", "€")])
+    assert head == b"HTTP/1.1 200 OK\r\nA: b\r\nC: \xe4\r\nD: ?\r\n\r\n"
+    fields = {"a": "b", "c": "ä", "d": "?"}
+    assert radical_edge.parse_response_head(head + b"rest") == (200, fields, b"rest")
+    assert radical_edge.encode_response_head(299, []) == b"HTTP/1.1 299 \r\n\r\n"
+
+
+@pytest.mark.parametrize("data, size", [(b"", b"0"), (b"a", b"1"), (b"\r\n" * 128, b"100")])
+def test_a_chunk_is_written_with_its_size_in_hexadecimal(data, size):
+    assert radical_edge.encode_chunk(data) == size + b"\r\n" + data + b"\r\n"
+
+
+def test_chunks_are_read_as_they_were_written():
+    pieces = [os.urandom(size) for size in (1, 15, 16, 255, 256, 65536)]
+    body = b"".join(map(radical_edge.encode_chunk, [*pieces, b""]))
+    assert read_requests([IN_CHUNKS, body]) == [("POST", "/c", b"".join(pieces))]
+
+
+@pytest.mark.parametrize("line, status", [
+    (b"HTTP/1.1 200 OK", 200), (b"HTTP/1.0 404 Not  Found", 404), (b"HTTP/1.1 204 ", 204),
+    (b"HTTP/1.1 599", 599), (b"HTTP/1.1 200 \xe4", 200)])
+def test_a_status_line_is_read_with_any_reason_or_none(line, status):
+    assert radical_edge.parse_response_head(line + b"\r\n\r\n") == (status, {}, b"")
+
+
+@pytest.mark.parametrize("head", [
+    b"", b"SSH-2.0-x", b"HTTP/2 200 OK", b"HTTP/1.2 200 OK", b"http/1.1 200 OK", b"HTTP/1.1 20 OK",
+    b"HTTP/1.1 2000 OK", b"HTTP/1.1 +20 OK", b"HTTP/1.1 600 OK", b"HTTP/1.1 099 OK",
+    b"HTTP/1.1  200 OK", b"HTTP/1.1 200OK", b"HTTP/1.1 200 O\nK", b"HTTP/1.1 200 O\0K",
+    b"HTTP/1.1 200 OK\r\nno colon", b"HTTP/1.1 200 OK\r\nA : b", b"HTTP/1.1 200 OK\r\nA: b\r\n c",
+    b"HTTP/1.1 200 OK\r\nA: b\nC: d", b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2",
+    b"HTTP/1.1 200 OK" + b"\r\nA: b" * 101,
+    b"HTTP/1.1 200 OK\r\nA: " + b"a" * radical_edge.MAX_HEAD],   # read when it came at once
+    ids=lambda head: repr(head)[2:32])
+def test_what_is_no_response_head_is_refused(head):
+    refusal_of(radical_edge.parse_response_head, head + b"\r\n\r\n")
+
+
+# ---------------------------------------------------------------------------
+# Event streams, further
+# ---------------------------------------------------------------------------
+
+def read_events(pieces, **options):
+    """Return the events of the pieces as (id, event, data)."""
+    parser = EventParser(**options)
+    return [tuple(event) for piece in pieces for event in parser.feed(piece)]
+
+
+EVENT_STREAMS = {                                # WHATWG HTML, section 9.2.6, and beyond
+    "the stock ticker": ("data: YHOO\ndata: +2\ndata: 10\n\n", [("", "message", "YHOO\n+2\n10")]),
+    "four blocks": (": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\n"
+                    "data:  third event\n\n",
+                    [("1", "message", "first event"), ("", "message", "second event"),
+                     ("", "message", " third event")]),
+    "empty data": ("data\n\ndata\ndata\n\ndata:", [("", "message", ""), ("", "message", "\n")]),
+    "types": ("event: add\ndata: 7\n\nevent: remove\ndata: 2\n\ndata: 1\n\n",
+              [("", "add", "7"), ("", "remove", "2"), ("", "message", "1")]),
+    "an event without data": ("event: a\n\nid: 3\n\ndata: b\n\n", [("3", "message", "b")]),
+    "an id that stays": ("id: 1\ndata: a\n\ndata: b\n\n",
+                         [("1", "message", "a"), ("1", "message", "b")]),
+    "an id with NUL": ("id: 1\ndata: a\n\nid: 2\0\ndata: b\n\n",
+                       [("1", "message", "a"), ("1", "message", "b")]),
+    "comments and unknown names": (":\n: data: x\nDATA: x\n data: x\nnonsense\ndata: a\n:\n\n",
+                                   [("", "message", "a")]),
+    "a byte order mark": ("\ufeffdata: a\n\n\ufeffdata: b\n\ndata: \ufeffc\n\n",
+                          [("", "message", "a"), ("", "message", "\ufeffc")]),
+    "colons and spaces": ("data::a:\ndata:  b \n\n", [("", "message", ":a:\n b ")]),
+    "characters of every width": ("data: aä€😀\u2028\u0085\x0b\x0c\x1e\n\n",
+                                  [("", "message", "aä€😀\u2028\u0085\x0b\x0c\x1e")]),
+}
+
+
+@pytest.mark.parametrize("name", EVENT_STREAMS)
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"], ids=["LF", "CR LF", "CR"])
+def test_a_stream_gives_the_same_events_whatever_its_cuts_and_line_ends(name, line_end):
+    text, events = EVENT_STREAMS[name]
+    data = text.replace("\n", line_end).encode()
+    for pieces in ways_to_cut(data):
+        assert read_events([*pieces, b":"]) == events      # a CR is no CR LF once more came
+
+
+def test_what_is_not_utf_8_is_replaced():
+    for pieces in ways_to_cut(b"data: a\xff\xe2\x82b\n\n"):
+        assert read_events(pieces) == [("", "message", "a\ufffd\ufffdb")]
+
+
+@pytest.mark.parametrize("value, seconds", [
+    ("1500", 1.5), ("0", 0), ("", None), ("-1", None), ("1.5", None), ("1e3", None), ("²", None),
+    ("１", None), ("1 0", None)])
+def test_retry_is_milliseconds_in_ascii_digits(value, seconds):
+    parser = EventParser()
+    parser.feed(f"retry: {value}\n".encode())
+    assert parser.retry_s == seconds
+
+
+@pytest.mark.parametrize("digits", [20, 400, 5000])
+def test_a_retry_of_many_digits_breaks_nothing(digits):
+    # OverflowError from 312 digits on, ValueError from 4301 on
+    assert read_events([b"retry: " + b"9" * digits + b"\ndata: a\n\n"]) == [("", "message", "a")]
+
+
+def test_the_last_id_is_that_of_the_last_whole_event():
+    # the stream may break now, and who resumes after "2" has never seen its data
+    parser = EventParser()
+    parser.feed(b"id: 1\ndata: a\n\nid: 2\ndata: b\n")
+    assert parser.last_id == "1"
+    assert parser.feed(b"\n") == [("2", "message", "b")]
+    assert parser.last_id == "2"
+
+
+@pytest.mark.parametrize("data", [
+    "", "a", "a\nb", "\n", "\n\n", " a", ":a", "data: a", "ä€😀\u2028"])
+def test_data_comes_back_as_it_was_encoded(data):
+    for event_id, expected in ((None, ""), (7, "7")):
+        pieces = ways_to_cut(radical_edge.encode_event(data, event_id))
+        assert all(read_events(way) == [(expected, "message", data)] for way in pieces)
+
+
+@pytest.mark.parametrize("line", [b"data: " + b"x" * 94 + b"\n", b"data: xxxx\n", b"data: x\n",
+                                  b"data:\n", b"data: " + b"x" * 10], ids=repr)
+def test_an_event_that_never_ends_is_refused(line):
+    # lines of no data counted nothing, so they were kept without end
+    refusal_of(lambda: read_events([line] * 2000, max_event=1000))
+
+
+def test_events_of_the_limit_are_read_one_after_the_other():
+    event = b"data: " + b"x" * 900 + b"\n\n"
+    assert len(read_events([event[:500], event[500:]] * 5, max_event=1000)) == 5
+
+
+def test_a_comment_line_without_end_is_refused():
+    refusal_of(lambda: read_events([b":" + b"x" * 100] * 20, max_event=1000))
+
+
+def test_damaged_streams_raise_nothing_but_protocol_errors():
+    numbers = random.Random(926)
+    seeds = [text.encode() for text, _ in EVENT_STREAMS.values()]
+    for _ in range(3000):
+        data = bytearray(numbers.choice(seeds))
+        for _ in range(numbers.randint(1, 4)):
+            data[numbers.randrange(len(data))] = numbers.choice(b"\r\n: \0\xffdi0")
+        with contextlib.suppress(ProtocolError):
+            read_events([bytes(data)], max_event=50)
 
 
 # ---------------------------------------------------------------------------
