@@ -104,6 +104,7 @@ MAX_HEAD = 32 * 1024           # bytes of a request or response head
 MAX_FIELDS = 100               # field lines in one head
 MAX_CHUNK_LINE = 256           # bytes of a chunk-size line with its extensions
 MAX_BODY = 64 * 1024 * 1024    # bytes of a body, which wire version 1 holds in memory whole
+MAX_OWN_BODY = 64 * 1024       # bytes of a body for the bridge itself, which asks no token of some
 MAX_MESSAGE = 96 * 1024 * 1024  # bytes of a WebSocket message: a base64 body and its surroundings
 MAX_LINK_BUFFER = 128 * 1024 * 1024  # bytes waiting to be sent to one edge; more is a stuck link
 MAX_SUBSCRIBER_BUFFER = 4 * 1024 * 1024  # bytes waiting for one subscriber before it is cut off
@@ -122,7 +123,8 @@ READ_SIZE = 64 * 1024          # bytes asked of a socket at once; more costs pag
 
 HANDSHAKE_S = 10.0             # TCP, TLS, upgrade, each; a head, from its first byte to its last
 FIRST_HEAD_S = 1.0             # a new connection's thread waits so long; then the loop does
-BODY_IDLE_S = 30.0             # a request body that does not grow for so long is given up
+BODY_IDLE_S = 30.0             # a request body must grow by MIN_PROGRESS within so long
+MIN_PROGRESS = 1024            # bytes; fewer would let a client hold a connection with a drip
 LINGER_S = 1.0                 # a closing connection reads on, or its answer may be lost
 KEEP_ALIVE_S = 120.0           # an idle client connection
 REQUEST_S = 600.0              # a proxied request; see --request-timeout, X-Request-Timeout
@@ -1603,14 +1605,17 @@ def check_pin(sock: socket.socket, pin: Optional[bytes]) -> None:
 
 
 def _recv_response(sock: socket.socket) -> Tuple[int, Dict[str, str], bytes]:
-    buffer = b""
+    """Return what parse_response_head() does; the peer has HANDSHAKE_S in all, however it drips."""
+    buffer, end = b"", time.monotonic() + HANDSHAKE_S
     while True:
+        sock.settimeout(max(0.001, end - time.monotonic()))
         data = sock.recv(READ_SIZE)
         if not data:
             raise ProtocolError("the connection was closed before an answer came")
         buffer += data
         parsed = parse_response_head(buffer)
         if parsed is not None:
+            sock.settimeout(HANDSHAKE_S)
             return parsed
 
 
@@ -3644,7 +3649,7 @@ class HttpConnection:
         self._taken: Optional[Callable[[bytes], None]] = None    # by a link or a subscriber
         self.on_lost: Callable[[str], None] = self._on_lost
         self.deadline = self._loop.time() + HANDSHAKE_S
-        self._unsent = 0                          # bytes of an answer, when deadline was set
+        self._unsent = self._progress = 0         # bytes of an answer and of a body, at that time
 
     def adopt(self, sock: socket.socket) -> None:
         """Serve the socket, whose first bytes the parser has."""
@@ -3708,8 +3713,6 @@ class HttpConnection:
             return
         if self._exchange is None:
             self.deadline = min(self.deadline, self._loop.time() + HANDSHAKE_S)
-        else:
-            self.deadline = self._loop.time() + BODY_IDLE_S
         self._advance()
 
     def _advance(self) -> None:
@@ -3744,9 +3747,9 @@ class HttpConnection:
     def _on_head(self, head: RequestHead) -> None:
         self._exchange = exchange = self._gateway.open_exchange(self, head)
         if head.length != 0:
-            self.deadline = self._loop.time() + BODY_IDLE_S
-        if exchange.error is None and head.length is not None and head.length > MAX_BODY:
-            exchange.error = self._too_large()
+            self.deadline, self._progress = self._loop.time() + BODY_IDLE_S, 0
+        if exchange.error is None and head.length is not None:
+            exchange.error = self._check_length(head.length)
         refused_early = head.expects_continue or head.length is None or \
             head.length > MAX_PIPELINED
         if exchange.error is not None and refused_early:
@@ -3758,12 +3761,17 @@ class HttpConnection:
 
     def _on_body(self, piece: bytes) -> None:
         self._body += piece
-        if len(self._body) > MAX_BODY:
-            raise self._too_large()
+        error = self._check_length(len(self._body))
+        if error is not None:
+            raise error
+        if len(self._body) - self._progress >= MIN_PROGRESS:
+            self.deadline, self._progress = self._loop.time() + BODY_IDLE_S, len(self._body)
 
-    @staticmethod
-    def _too_large() -> ContentTooLarge:
-        return ContentTooLarge(f"the body has more than {MAX_BODY} bytes")
+    def _check_length(self, length: int) -> Optional[ContentTooLarge]:
+        """Return the error of a body of so many bytes, None when it is not too large."""
+        limit = MAX_BODY if self._exchange.route is None else MAX_OWN_BODY
+        return ContentTooLarge(f"the body has more than {limit} bytes, which is what this route "
+                               "takes") if length > limit else None
 
     def _fail(self, error: EdgeError) -> None:
         """Answer an error and close, since the requests can no longer be told apart."""

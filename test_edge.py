@@ -1121,24 +1121,29 @@ def test_our_edge_serves_a_bridge_made_of_websockets_in_every_size(home):
         assert edge.ended.wait(10)
 
 
+def ask_to_echo(link, body):
+    """Send a request over a WsprotoPeer, a ping within it, and check that the body comes back."""
+    opcode, payload = encode_echo(str(len(body)), body)
+    link.send(payload.decode() if opcode is Opcode.TEXT else payload, ping=b"p")
+    answer = link.recv_json("response")
+    assert radical_edge.parse_response(answer)[::2] == (200, body)
+
+
 def test_our_edge_serves_a_bridge_made_of_wsproto(home):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(10)
-        with running_edge(f"http://127.0.0.1:{listener.getsockname()[1]}/prefix") as edge:
-            sock, _ = listener.accept()
-            with sock:
-                link = WsprotoPeer(sock, client=False)
-                assert link.grant() == "/prefix/register"
-                assert link.recv_json("register")["edge_name"] == "e9"
-                for size in BODY_SIZES:
-                    body = os.urandom(size)
-                    opcode, payload = encode_echo(str(size), body)
-                    link.send(payload.decode() if opcode is Opcode.TEXT else payload, ping=b"p")
-                    answer = link.recv_json("response")
-                    assert radical_edge.parse_response(answer)[::2] == (200, body)
-                link.send(json.dumps({"type": "shutdown"}))
-                assert edge.ended.wait(10)
-                assert link.close(1001) == 1001
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(10)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/prefix"
+    with listener, running_edge(url) as edge:
+        sock, _ = listener.accept()
+        with sock:
+            link = WsprotoPeer(sock, client=False)
+            assert link.grant() == "/prefix/register"
+            assert link.recv_json("register")["edge_name"] == "e9"
+            for size in BODY_SIZES:
+                ask_to_echo(link, os.urandom(size))
+            link.send(json.dumps({"type": "shutdown"}))
+            assert edge.ended.wait(10)
+            assert link.close(1001) == 1001
 
 
 @pytest.mark.parametrize("accept", ["", "Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"],
@@ -1851,6 +1856,49 @@ def test_pipelined_requests_are_answered_in_order(edge, raw):
     assert client.reply()[2] == b"{}"
     assert json.loads(client.reply()[2])["status"] == "healthy"
     assert client.reply()[2] == b"third"
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 70000", "Transfer-Encoding: chunked"])
+def test_a_route_that_asks_no_token_takes_no_large_body(bridge, raw, framing):
+    client = raw()
+    client.send(f"POST /auth HTTP/1.1\r\nHost: localhost\r\n{framing}\r\n\r\n".encode())
+    client.send(b"11170\r\n" + b" " * 70_000)    # as a chunk: 70,000 in hexadecimal
+    assert_error(client.reply(), 413, str(radical_edge.MAX_OWN_BODY))
+    assert client.is_closed()
+
+
+def test_a_body_that_only_drips_is_given_up(edge, raw, monkeypatch):
+    monkeypatch.setattr(radical_edge, "BODY_IDLE_S", 0.5)
+    client = raw()
+    client.send_request("POST", "/e1/echo/echo", headers=[("Content-Length", "9999")])
+    client.sock.settimeout(0.05)
+    for _ in range(200):
+        client.send(b"x")
+        with contextlib.suppress(socket.timeout):
+            assert_error(client.reply(), 408)
+            return
+    pytest.fail("the drip was taken for a body")
+
+
+def test_an_edge_does_not_wait_for_a_bridge_that_drips(monkeypatch):
+    monkeypatch.setattr(radical_edge, "HANDSHAKE_S", 0.5)
+    ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def drip():
+            sock, _ = server.accept()
+            with sock, contextlib.suppress(OSError):
+                while not ended.wait(0.05):
+                    sock.sendall(b"H")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        url = radical_edge.parse_bridge_url(f"http://127.0.0.1:{server.getsockname()[1]}")
+        try:
+            with pytest.raises((socket.timeout, TimeoutError)):
+                radical_edge.open_websocket(url, None, None)
+        finally:
+            ended.set()
+            thread.join()
 
 
 def test_nothing_is_answered_after_the_last_answer(bridge, raw):
@@ -2779,12 +2827,15 @@ class Relay:
                 near = self._server.accept()[0]
                 far = socket.create_connection(("127.0.0.1", self._port))
                 self._sockets += [near, far]
-                with contextlib.suppress(OSError):
-                    self._open(near, far)
-                    for pair in ((near, far), (far, near)):
-                        thread = threading.Thread(target=self._copy, args=pair)
-                        self._threads.append(thread)
-                        thread.start()
+                self._serve(near, far)
+
+    def _serve(self, near, far):
+        with contextlib.suppress(OSError):
+            self._open(near, far)
+            for pair in ((near, far), (far, near)):
+                thread = threading.Thread(target=self._copy, args=pair)
+                self._threads.append(thread)
+                thread.start()
 
     def _open(self, near, far):
         if self._connect_host is None and self._prefix is None:
