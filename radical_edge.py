@@ -5370,24 +5370,27 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command line; return the exit status: 0, 1 when it failed, 2 for wrong usage."""
-    options = make_parser().parse_args(argv)
     try:
-        _configure_logging(options.log_level or os.environ.get("RADICAL_LOG_LVL") or "INFO",
-                           serving=options.bridge or options.edge)
-        if options.insecure:
-            os.environ["RADICAL_BRIDGE_INSECURE"] = "1"
-        return _run(options)
+        try:
+            return _run(make_parser().parse_args(argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:                       # the reader (`| head`) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # for Python's last flush
+        return 0
     except (EdgeError, ValueError, OSError) as error:
         text = error.detail if isinstance(error, EdgeError) else str(error)
         print(f"radical_edge: {text}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        return 0
     except KeyboardInterrupt:
         return 130
 
 
 def _run(options: argparse.Namespace) -> int:
+    _configure_logging(options.log_level or os.environ.get("RADICAL_LOG_LVL") or "INFO",
+                       serving=options.bridge or options.edge)
+    if options.insecure:
+        os.environ["RADICAL_BRIDGE_INSECURE"] = "1"
     if options.token:
         return _run_token(options)
     if options.check:
@@ -5715,7 +5718,10 @@ def _check_token(target: Target) -> str:
     if not target.token:
         raise Unauthorized(f"there is none: set RADICAL_BRIDGE_TOKEN or write it to "
                            f"{home_dir() / 'token'} (chmod 600)")
-    edges = _urlopen(target, "GET", "/edges", timeout=HANDSHAKE_S)["edges"]
+    try:
+        edges = _urlopen(target, "GET", "/edges", timeout=HANDSHAKE_S)["edges"]
+    except Forbidden:                             # an edge's token is for registering alone
+        return "accepted, though not for clients"
     return f"accepted; edges: {', '.join(edge['name'] for edge in edges) or 'none yet'}"
 
 

@@ -3777,6 +3777,12 @@ def test_wrong_usage_is_answered_in_a_line(arguments, status, words):
     assert words in run(*arguments, status=status)
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"'{sys.executable}' '{SCRIPT}' --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_check_says_line_by_line_what_works(start, home):
     bridge = start("--bridge", "--port", "0", expect="bridge: http")
     good = run("--check")
@@ -3785,6 +3791,14 @@ def test_check_says_line_by_line_what_works(start, home):
     assert "psij: ok" in good and "sysinfo: ok" in good
     bad = run("--check", env={"RADICAL_BRIDGE_TOKEN": "wrong"}, status=1)
     assert "token    FAILED" in bad and "not known" in bad
+    token = run("--token", "add", "site", "--scope", "edge").strip()
+
+    def check_as_edge():
+        done = subprocess.run([sys.executable, SCRIPT, "--check"], capture_output=True, text=True,
+                              env={**os.environ, "RADICAL_BRIDGE_TOKEN": token})
+        return done.returncode == 0 and done.stdout
+
+    assert "not for clients" in wait_until(check_as_edge)        # once the bridge has seen it
     bridge.end()
     assert "route    FAILED: nothing listens there" in run("--check", status=1)
 
