@@ -50,6 +50,7 @@ import http.client
 import http.server
 import inspect
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -62,6 +63,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import stat
 import struct
 import sys
 import threading
@@ -83,11 +85,11 @@ __version__ = "0.1.0"
 __all__ = [
     "BadGateway", "BadRequest", "Bridge", "BridgeClient", "ClientManagedPlugin", "Conflict",
     "ContentTooLarge", "DeadlineExceeded", "Edge", "EdgeClient", "EdgeError", "EdgeOffline",
-    "Forbidden", "Gone", "HTTPException", "JSONResponse", "LengthRequired", "MethodNotAllowed",
-    "NotFound", "NotInstalled", "Plugin", "PluginClient", "PluginHost", "PluginSession",
-    "ProtocolError", "Request", "Response", "TokenStore", "TooManyRequests", "Unauthorized",
-    "Unavailable", "Unprocessable", "call", "events", "get", "list_edges", "list_plugins", "main",
-    "plugin", "post", "write_private",
+    "FileResponse", "Forbidden", "Gone", "HTTPException", "JSONResponse", "LengthRequired",
+    "MethodNotAllowed", "NotFound", "NotInstalled", "Plugin", "PluginClient", "PluginHost",
+    "PluginSession", "ProtocolError", "Request", "Response", "StreamingResponse", "TokenStore",
+    "TooManyRequests", "Unauthorized", "Unavailable", "Unprocessable", "call", "delete", "events",
+    "get", "list_edges", "list_plugins", "main", "plugin", "post", "put", "write_private",
 ]
 
 log = logging.getLogger("radical_edge")
@@ -120,6 +122,15 @@ MAX_WORKERS = 64               # threads that run one plugin's plain `def` handl
 MAX_EXPIRED = 4096             # expired session ids remembered, so that they are 410 and not 404
 MAX_PRIVATE_FILE = 1024 * 1024  # bytes of a token or state file
 READ_SIZE = 64 * 1024          # bytes asked of a socket at once; more costs page faults
+DATA_SIZE = 64 * 1024          # bytes of a body in one frame of wire version 2
+INITIAL_WINDOW = 64 * 1024     # bytes of a body that may be sent before the peer gives credit
+MAX_WINDOW = 1024 * 1024       # bytes on their way in one stream that is read fast
+WINDOW_SUM = 16 * 1024 * 1024  # bytes on their way in all streams, if each has more than the first
+LINK_ROOM = 256 * 1024         # bodies wait while so many bytes are unsent: answers go before them
+MAX_PIECES = 64                # buffers given to the system in one call; it takes up to 1024
+FILE_PIECE = 256 * 1024        # bytes read from a file at once
+MAX_WHOLE = 64 * 1024          # bytes of a body that goes in one frame with its head
+MAX_FRAME = 16 * 1024 * 1024   # bytes of a message of wire version 2
 
 HANDSHAKE_S = 10.0             # TCP, TLS, upgrade, each; a head, from its first byte to its last
 FIRST_HEAD_S = 1.0             # a new connection's thread waits so long; then the loop does
@@ -317,6 +328,7 @@ class CloseCode(enum.IntEnum):
 # codes that may stand in a close frame; 1004 to 1006 and 1015 may not (RFC 6455, section 7.4)
 _VALID_CLOSE = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))
 _OPCODES = {int(opcode): opcode for opcode in Opcode}     # a look-up is faster than Opcode(value)
+NO_MASK = bytes(4)            # a key that changes nothing; see _BridgeLink.new_mask()
 
 
 def apply_mask(payload: bytes, key: bytes) -> bytes:
@@ -337,7 +349,13 @@ def encode_frame(opcode: int, payload: bytes, *, mask: Optional[bytes] = None,
     mask: the 4-byte key that a client must use, None for a server.
     Raises ValueError for a control frame that is too long or not final (section 5.5).
     """
-    size = len(payload)
+    head = encode_frame_head(opcode, len(payload), mask=mask, fin=fin)
+    return head + (apply_mask(payload, mask) if mask and mask != NO_MASK else payload)
+
+
+def encode_frame_head(opcode: int, size: int, *, mask: Optional[bytes] = None,
+                      fin: bool = True) -> bytes:
+    """Return what stands before a frame's payload of `size` bytes, which the caller masks."""
     if opcode & 0x8 and (size > MAX_CONTROL_PAYLOAD or not fin):
         raise ValueError(f"control frame of {size} bytes, fin={fin}")
     first = (0x80 if fin else 0) | opcode
@@ -348,7 +366,7 @@ def encode_frame(opcode: int, payload: bytes, *, mask: Optional[bytes] = None,
         head = struct.pack("!BBH", first, masked | 126, size)
     else:
         head = struct.pack("!BBQ", first, masked | 127, size)
-    return head + mask + apply_mask(payload, mask) if mask else head + payload
+    return head + mask if mask else head
 
 
 def encode_close(code: int, reason: str = "", *, mask: Optional[bytes] = None) -> bytes:
@@ -386,7 +404,7 @@ class FrameParser:
 
     def __init__(self, *, masked: bool, max_message: int = MAX_MESSAGE) -> None:
         self._masked = masked
-        self._max_message = max_message
+        self.max_message = max_message
         self._buffer = bytearray()
         self._start = 0                           # where in _buffer the next frame begins
         self._fragments = bytearray()             # one buffer: objects of few bytes would cost 20
@@ -439,10 +457,10 @@ class FrameParser:
         if len(buffer) < end:
             return None
         self._start = end
-        if not self._masked:
-            return opcode, first >= 0x80, bytes(buffer[start:end])
-        payload = apply_mask(buffer[start + 4:end], bytes(buffer[start:start + 4]))
-        return opcode, first >= 0x80, payload
+        with memoryview(buffer) as view:          # a slice of a bytearray would be copied twice
+            payload = bytes(view[start + 4 * self._masked:end])
+            key = bytes(view[start:start + 4]) if self._masked else NO_MASK
+        return opcode, first >= 0x80, payload if key == NO_MASK else apply_mask(payload, key)
 
     def _check_head(self, first: int, second: int) -> Opcode:
         opcode = _OPCODES.get(first & 0x0F)
@@ -461,8 +479,8 @@ class FrameParser:
         return size
 
     def _check_room(self, opcode: Opcode, size: int) -> None:
-        if opcode < Opcode.CLOSE and self._fragments_size + size > self._max_message:
-            raise ProtocolError(f"message of more than {self._max_message} bytes",
+        if opcode < Opcode.CLOSE and self._fragments_size + size > self.max_message:
+            raise ProtocolError(f"message of more than {self.max_message} bytes",
                                 CloseCode.TOO_BIG)
 
     def _join(self, opcode: Opcode, fin: bool,
@@ -664,6 +682,7 @@ class RequestParser:
         self._buffer = bytearray()
         self._phase = _Phase.HEAD
         self._left = 0                            # bytes of the body or chunk still to come
+        self._piece = b""                         # of a long body: it need not pass _buffer
         self._searched = 0                        # bytes of an incomplete head known to be in order
         self._steps = {_Phase.HEAD: self._parse_head, _Phase.LENGTH: self._parse_length,
                        _Phase.CHUNK_SIZE: self._parse_chunk_size,
@@ -673,15 +692,20 @@ class RequestParser:
     @property
     def buffered(self) -> int:
         """Bytes that were fed and not yet returned."""
-        return len(self._buffer)
+        return len(self._buffer) + len(self._piece)
 
     def feed(self, data: bytes) -> None:
         """Add bytes from the client; then call next_event() until it returns None."""
-        self._buffer += data
+        if len(data) <= self._left and not self._buffer and not self._piece:
+            self._piece = data
+        else:
+            if self._piece:
+                self._buffer, self._piece = bytearray(self._piece), b""
+            self._buffer += data
 
     def take_rest(self) -> bytes:
         """Return what came after the request, for the protocol the connection is switched to."""
-        rest, self._buffer = bytes(self._buffer), bytearray()
+        rest, self._buffer = self._piece + bytes(self._buffer), bytearray()
         return rest
 
     def next_event(self) -> Optional[Union[RequestHead, bytes, object]]:
@@ -724,8 +748,11 @@ class RequestParser:
         return self._take_body()
 
     def _take_body(self) -> Optional[bytes]:
-        piece = bytes(self._buffer[:self._left])
-        del self._buffer[:len(piece)]
+        if self._piece:
+            piece, self._piece = self._piece, b""
+        else:
+            piece = bytes(self._buffer[:self._left])
+            del self._buffer[:len(piece)]
         self._left -= len(piece)
         return piece or None
 
@@ -908,10 +935,11 @@ class EventParser:
 
 
 # ---------------------------------------------------------------------------
-# 5. Messages between edge and bridge: JSON text, and msgpack for a request whose body is binary.
+# 5. Messages between edge and bridge. Version 1: JSON text, and msgpack for a request whose body is
+#    binary. Version 2: binary frames with a compact head and a raw body. No sockets.
 # ---------------------------------------------------------------------------
 
-WIRE_VERSION = 1
+WIRE_VERSIONS = (1, 2)
 MAX_NESTING = 32               # levels of arrays and maps in a msgpack message
 
 _MSGPACK_CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
@@ -1073,22 +1101,180 @@ def encode_response(req_id: str, status: int, headers: Dict[str, str], body: byt
 
 
 def parse_response(message: Dict[str, Any]) -> Tuple[int, Dict[str, str], bytes]:
-    """Return (status, headers, body) of a "response" message; raises ProtocolError.
+    """Return (status, headers, body) of a "response" message; raises ProtocolError."""
+    status = check_status(message.get("status"))
+    fields = parse_fields_object(message.get("headers") or {})
+    body = _parse_body(message)
+    if isinstance(message.get("body"), (dict, list)):
+        fields.setdefault("content-type", "application/json")
+    return status, fields, body
+
+
+class Kind(enum.IntEnum):
+    """What a frame of version 2 holds, and what its JSON head is.
+
+    REQUEST [method, target, fields] and RESPONSE [status, fields] begin a stream; DATA goes on with
+    the body; CREDIT (a number of bytes) lets the peer send more of it; CANCEL (a reason) ends it
+    before its time. NOTIFICATION [number, plugin, topic] has its data, as JSON, for a body; ACK (a
+    number) says that it and all before it are safe. Only some have a head; numbers are 8 bytes.
+    """
+    REQUEST, RESPONSE, DATA, CREDIT, CANCEL, NOTIFICATION, ACK = range(1, 8)
+
+
+_KINDS = {int(kind): kind for kind in Kind}
+_WIRE_PREFIX = struct.Struct("!BBHI")     # kind, 1 when the body ends here, size of head, stream
+_WIRE_NUMBER = struct.Struct("!Q")
+
+
+class WireFrame(NamedTuple):
+    """A frame of version 2. `end`: the stream's body ends with this one."""
+    kind: Kind
+    end: bool
+    stream: int
+    head: List[Any]
+    body: Union[bytes, memoryview]
+
+    @property
+    def number(self) -> int:
+        """The body of a CREDIT or an ACK. Raises ProtocolError when it is none."""
+        if len(self.body) != _WIRE_NUMBER.size:
+            raise ProtocolError(f"{self.kind.name} without a number")
+        return _WIRE_NUMBER.unpack(self.body)[0]
+
+
+def encode_wire(kind: int, stream: int, head: Optional[List[Any]] = None, *,
+                end: bool = False) -> bytes:
+    """Return what stands before the body of a version 2 frame. Raises ValueError for a long head.
+    """
+    text = b"" if head is None else encode_json(head).encode()
+    if len(text) > 0xFFFF:
+        raise ValueError(f"fields of {len(text)} bytes; {0xFFFF} are allowed")
+    return _WIRE_PREFIX.pack(kind, end, len(text), stream) + text
+
+
+def encode_wire_number(kind: int, stream: int, number: int) -> bytes:
+    """Return a whole CREDIT or ACK frame's payload."""
+    return _WIRE_PREFIX.pack(kind, 0, 0, stream) + _WIRE_NUMBER.pack(number)
+
+
+def parse_wire(payload: bytes) -> Optional[WireFrame]:
+    """Return the frame in a binary message; None for a kind that later versions may have.
+
+    Raises ProtocolError when it is cut short or its head is not a JSON array.
+    """
+    if len(payload) < _WIRE_PREFIX.size:
+        raise ProtocolError("binary message is cut short")
+    number, flags, size, stream = _WIRE_PREFIX.unpack_from(payload)
+    kind, at = _KINDS.get(number), _WIRE_PREFIX.size + size
+    if kind is None:
+        return None
+    head: Any = []
+    if size:
+        try:
+            head = _parse_json(payload[_WIRE_PREFIX.size:at].decode())
+        except (ValueError, RecursionError):
+            head = None
+    if len(payload) < at or not isinstance(head, list):
+        raise ProtocolError("head that is no JSON array", CloseCode.INVALID_DATA)
+    body = payload[at:] if len(payload) - at < READ_SIZE else memoryview(payload)[at:]
+    return WireFrame(kind, bool(flags & 1), stream, head, body)
+
+
+def parse_fields_object(headers: Any) -> Dict[str, str]:
+    """Return an edge's response fields, with their names in lower case; raises ProtocolError.
 
     Fields that could break the framing of an HTTP/1.1 reply are refused here.
     """
-    status, headers = message.get("status"), message.get("headers") or {}
-    if type(status) is not int or not 200 <= status <= 599 or not isinstance(headers, dict):
-        raise ProtocolError("response without a valid status or headers")
+    if not isinstance(headers, dict):
+        raise ProtocolError("response without valid fields")
     fields = {}
     for name, value in headers.items():
         if not isinstance(value, (str, int)) or not _is_field(name, str(value)):
             raise ProtocolError(f"response with a bad field {str(name)[:40]!r}")
         fields[name.lower()] = str(value)
-    body = _parse_body(message)
-    if isinstance(message.get("body"), (dict, list)):
-        fields.setdefault("content-type", "application/json")
-    return status, fields, body
+    return fields
+
+
+def check_status(status: Any) -> int:
+    """Return the status of an edge's answer; raises ProtocolError when it cannot be one."""
+    if type(status) is not int or not 200 <= status <= 599:
+        raise ProtocolError("response without a valid status")
+    return status
+
+
+class SendWindow:
+    """How much of a stream's body may be sent: what the peer has room for. Any thread.
+
+    After close() everything may be sent, and is lost: nobody waits for a peer that is gone.
+
+    A waiter is called once, on the thread that changes the window; it must not block.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._credit = INITIAL_WINDOW             # guarded by _lock
+        self._waiters: List[Callable[[], None]] = []             # guarded by _lock
+
+    def take(self, wanted: int) -> int:
+        """Return how many of `wanted` bytes may be sent now; they count as sent."""
+        with self._lock:
+            granted = min(wanted, self._credit)
+            self._credit -= granted
+        return granted
+
+    def add(self, credit: int) -> None:
+        """Take credit from the peer."""
+        with self._lock:
+            self._credit += credit
+            waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            waiter()
+
+    def close(self) -> None:
+        """Take no more notice of credit."""
+        self.add(1 << 62)
+
+    def when_open(self, waiter: Callable[[], None]) -> None:
+        """Call `waiter` when something may be sent, perhaps at once."""
+        with self._lock:
+            if not self._credit:
+                self._waiters.append(waiter)
+                return
+        waiter()
+
+
+class ReceiveWindow:
+    """How much of a stream's body the peer may send us. Any thread.
+
+    It begins small, for there may be thousands; a stream that is read gets its share of WINDOW_SUM.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._left = INITIAL_WINDOW               # guarded by _lock; bytes that may still come
+        self._held = 0                            # guarded by _lock; bytes not passed on
+
+    def on_received(self, size: int) -> None:
+        """Count what came. Raises ProtocolError when the peer sent more than it may."""
+        with self._lock:
+            self._left -= size
+            self._held += size
+            if self._left < 0:
+                raise ProtocolError("body without credit")
+
+    def on_consumed(self, size: int, streams: int) -> int:
+        """Count what was passed on; return the credit to give the peer now, mostly 0.
+
+        streams: how many there are, of this process or link, to share WINDOW_SUM.
+        """
+        wanted = max(INITIAL_WINDOW, min(MAX_WINDOW, WINDOW_SUM // max(1, streams)))
+        with self._lock:
+            self._held -= size
+            credit = wanted - self._left - self._held
+            if credit < wanted // 4:              # not a frame for every few bytes
+                return 0
+            self._left += credit
+        return credit
 
 
 # ---------------------------------------------------------------------------
@@ -1214,6 +1400,26 @@ def _set_exception(future: "asyncio.Future[Any]", error: BaseException) -> None:
         future.set_exception(error)
 
 
+def wait_for(register: Callable[[Callable[[], None]], None]) -> None:
+    """Wait until the function that is given to `register` is called. Blocks."""
+    called = threading.Event()
+    register(called.set)
+    called.wait()
+
+
+async def wait_for_async(register: Callable[[Callable[[], None]], None]) -> None:
+    """Wait until the function that is given to `register` is called, by any thread."""
+    loop = asyncio.get_running_loop()
+    future: "asyncio.Future[None]" = loop.create_future()
+
+    def wake() -> None:
+        with contextlib.suppress(RuntimeError):   # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(_set_result, future, None)
+
+    register(wake)
+    await future
+
+
 class Workers:
     """Daemon threads that run blocking calls, started when needed, `limit` at the most.
 
@@ -1303,10 +1509,17 @@ class Channel:
         self._lock = threading.Lock()
         self._unsent: Deque[memoryview] = collections.deque()    # guarded by _lock
         self._unsent_size = 0                     # guarded by _lock; read without it as an estimate
+        self._room_waiters: Deque[Callable[[], None]] = collections.deque()      # likewise
         self._closed = False                      # guarded by _lock; only close() sets it
         self._closing = self._draining = False    # the loop's: see close_when_sent()
         self._reading = self._writing = False     # the loop's: what the selector watches
         self._flushing = False                    # the loop's: see send_soon()
+        self.sent = 0                             # bytes in all; guarded by _lock
+
+    @property
+    def sock(self) -> socket.socket:
+        """The socket, for its options alone."""
+        return self._sock
 
     @property
     def unsent(self) -> int:
@@ -1321,8 +1534,6 @@ class Channel:
     def start(self) -> None:
         """Begin to read. On the loop."""
         self.resume_reading()
-        if self._is_tls:
-            self._on_readable()                   # TLS may hold bytes that select() does not see
 
     def pause_reading(self) -> None:
         """Leave further bytes in the kernel, which slows the peer down. On the loop."""
@@ -1335,15 +1546,31 @@ class Channel:
         if not self._reading and not self._closed:
             self._loop.add_reader(self._fd, self._on_readable)
             self._reading = True
+            if self._is_tls:                      # it may hold bytes that select() does not see
+                self._loop.call_soon(self._on_readable)
 
-    def send(self, data: bytes) -> None:
-        """Send `data`, now or as soon as the socket takes it. Any thread. Lost after the close."""
+    @property
+    def has_room(self) -> bool:
+        """Whether what can wait, such as bodies and notifications, may be sent now."""
+        return self._unsent_size < LINK_ROOM
+
+    def when_room(self, waiter: Callable[[], None]) -> None:
+        """Call `waiter` on the loop, once, when has_room is or becomes true, or at the close."""
+        with self._lock:
+            if self._unsent_size >= LINK_ROOM:
+                self._room_waiters.append(waiter)
+                return
+        self._call_on_loop(waiter)
+
+    def send(self, *pieces: Union[bytes, memoryview]) -> None:
+        """Send bytes, now or as soon as the socket takes them. Any thread. Lost after the close."""
         with self._lock:
             if self._closed:
                 return
             waiting = bool(self._unsent)
-            self._unsent.append(memoryview(data))
-            self._unsent_size += len(data)
+            for piece in pieces:
+                self._unsent.append(memoryview(piece))
+                self._unsent_size += len(piece)
             if waiting:
                 return                            # the loop is at it; order must be kept
             error = self._flush_locked()
@@ -1391,6 +1618,7 @@ class Channel:
             self._closed = True
             self._unsent.clear()
             self._unsent_size = 0
+        self._tell_room()
         self.pause_reading()
         if self._writing:
             self._loop.remove_writer(self._fd)
@@ -1407,7 +1635,7 @@ class Channel:
     def _on_readable(self) -> None:
         if self._unsent_size:
             self._on_writable()                   # TLS may have had to read before it could write
-        while not self._closed:
+        while self._reading and not self._closed:
             data, reason = self._recv()
             if reason is not None:
                 self.close(reason)
@@ -1453,35 +1681,54 @@ class Channel:
         elif done and self._writing:
             self._loop.remove_writer(self._fd)
             self._writing = False
+        if self._room_waiters and self.has_room:
+            self._tell_room()
         if done and self._closing:
             self._linger()
+
+    def _tell_room(self) -> None:
+        with self._lock:
+            waiters, self._room_waiters = self._room_waiters, collections.deque()
+        for waiter in waiters:                    # in the order of their asking: streams take turns
+            waiter()
 
     def _flush_locked(self) -> Optional[str]:
         """Send what the socket takes; return the reason when the connection is broken."""
         try:
             while self._unsent:
-                data = self._unsent[0]
-                if len(self._unsent) > 1 and len(data) < READ_SIZE:
-                    data = self._join_locked()    # one call, and under TLS one record, for many
-                sent = self._sock.send(data)
-                self._unsent_size -= sent
-                if sent < len(data):
-                    self._unsent[0] = data[sent:]
-                else:
-                    self._unsent.popleft()
+                self._drop_sent_locked(self._send_some_locked())
         except _WOULD_BLOCK:
             return None
         except OSError as error:
             return str(error)
         return None
 
+    def _send_some_locked(self) -> int:
+        if len(self._unsent) == 1:
+            return self._sock.send(self._unsent[0])
+        if self._is_tls:
+            return self._sock.send(self._join_locked())
+        return self._sock.sendmsg(itertools.islice(self._unsent, MAX_PIECES))
+
+    def _drop_sent_locked(self, sent: int) -> None:
+        self._unsent_size -= sent
+        self.sent += sent
+        while self._unsent and sent >= len(self._unsent[0]):
+            sent -= len(self._unsent.popleft())
+        if sent:
+            self._unsent[0] = self._unsent[0][sent:]
+
     def _join_locked(self) -> memoryview:
-        """Replace the first of the unsent pieces by one of up to twice READ_SIZE; return it."""
+        """Replace the first of the unsent pieces by one of up to twice READ_SIZE; return it.
+
+        Under TLS a call makes a record, and a call that was not done must be made again as it was.
+        """
         pieces, size = [], 0
-        while self._unsent and size < READ_SIZE and len(self._unsent[0]) < READ_SIZE:
+        while self._unsent and size < READ_SIZE and \
+                (not size or len(self._unsent[0]) <= READ_SIZE):
             pieces.append(self._unsent.popleft())
             size += len(pieces[-1])
-        self._unsent.appendleft(memoryview(b"".join(pieces)))
+        self._unsent.appendleft(memoryview(b"".join(pieces)) if len(pieces) > 1 else pieces[0])
         return self._unsent[0]
 
 
@@ -1624,6 +1871,14 @@ def _open_tcp(url: BridgeURL) -> socket.socket:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     return sock
+
+
+def limit_unsent(sock: socket.socket) -> None:
+    """Keep what is not sent yet in our hands, so that an answer need not queue in the kernel."""
+    option = getattr(socket, "TCP_NOTSENT_LOWAT", 25 if sys.platform == "linux" else None)
+    if option is not None:
+        with contextlib.suppress(OSError):        # a limit more is a favour, not a need
+            sock.setsockopt(socket.IPPROTO_TCP, option, LINK_ROOM // 2)
 
 
 def _open_tunnel(proxy: BridgeURL, url: BridgeURL) -> socket.socket:
@@ -2242,26 +2497,83 @@ class Headers(dict):
         return super().get(name.lower(), default)
 
 
+class BodyReader:
+    """A request's body while it arrives: a link feeds it, one handler reads it. Any thread.
+
+    on_read(size) is called on the reader's thread for each piece that it takes.
+    """
+
+    def __init__(self, on_read: Callable[[int], None]) -> None:
+        self._on_read = on_read
+        self._lock = threading.Lock()
+        self._pieces: Deque[Union[bytes, memoryview]] = collections.deque()      # guarded by _lock
+        self._ended = False                       # guarded by _lock
+        self._error: Optional[EdgeError] = None   # guarded by _lock
+        self._waiter: Optional[Callable[[], None]] = None        # guarded by _lock
+
+    def feed(self, piece: Union[bytes, memoryview], *, end: bool = False) -> None:
+        """Add a piece; `end` when it is the last."""
+        with self._lock:
+            if len(piece):
+                self._pieces.append(piece)
+            self._ended = self._ended or end
+        self._wake()
+
+    def fail(self, error: EdgeError) -> None:
+        """Let the reader fail, once it has read what came: the rest never will."""
+        with self._lock:
+            self._error = error
+        self._wake()
+
+    def take(self) -> Optional[bytes]:
+        """Return the next piece, b"" at the end, None when it has not come yet. Raises EdgeError.
+        """
+        with self._lock:
+            if not self._pieces:
+                if self._error is not None and not self._ended:
+                    raise self._error
+                return b"" if self._ended else None
+            piece = self._pieces.popleft()
+        self._on_read(len(piece))
+        return bytes(piece)
+
+    def when_ready(self, waiter: Callable[[], None]) -> None:
+        """Call `waiter` when take() has something, perhaps at once."""
+        with self._lock:
+            ready = self._pieces or self._ended or self._error is not None
+            self._waiter = None if ready else waiter
+        if ready:
+            waiter()
+
+    def _wake(self) -> None:
+        with self._lock:
+            waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            waiter()
+
+
 class Request:
     """A request as a handler sees it.
 
     method, path; headers (a mapping, any case); path_params ({name: value}); query_params ({name:
     value}, the last of equal names); user: the name of the caller's token, or None; scope: of that
-    token; request_id: in every log line; app: of the plugin; body_bytes: the whole body.
+    token; request_id: in every log line; app: of the plugin.
+    A body of more than MAX_WHOLE bytes is still arriving when the handler is called.
     """
 
     __slots__ = ("method", "path", "query", "headers", "path_params", "user", "scope", "request_id",
-                 "app", "body_bytes", "_query_params")
+                 "app", "_body", "_reader", "_query_params")
 
     def __init__(self, method: str, target: str, headers: Dict[str, str], body: bytes = b"", *,
-                 user: Optional[str] = None, scope: str = "", app: Any = None) -> None:
+                 user: Optional[str] = None, scope: str = "", app: Any = None,
+                 reader: Optional[BodyReader] = None) -> None:
         self.method = method
         self.path, _, self.query = target.partition("?")
         self.headers = Headers(headers)
         self.path_params: Dict[str, str] = {}
         self.user, self.scope, self.app = user, scope, app
         self.request_id = self.headers.get("x-request-id", "-")
-        self.body_bytes = body
+        self._body, self._reader = body, reader
         self._query_params: Optional[Dict[str, str]] = None
 
     @property
@@ -2272,31 +2584,91 @@ class Request:
         return self._query_params
 
     async def body(self) -> bytes:
-        """Return the whole body."""
-        return self.body_bytes
+        """Return the whole body. Raises ContentTooLarge when it has more than MAX_BODY bytes."""
+        if self._reader is not None:
+            collected = bytearray()
+            self._check_size(int(self.headers.get("content-length", 0)))
+            async for piece in self.stream():
+                self._check_size(len(collected) + len(piece))
+                collected += piece
+            self._body = bytes(collected)
+        return self._body
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """Yield the body in pieces."""
-        if self.body_bytes:
-            yield self.body_bytes
+        """Yield the body in pieces, as they come; only as much as is read is sent.
+
+        Raises EdgeError when the client goes away in between.
+        """
+        if self._reader is None:
+            if self._body:
+                yield self._body
+            return
+        reader, self._reader = self._reader, None
+        while True:
+            piece = reader.take()
+            if piece == b"":
+                return
+            if piece is None:
+                await wait_for_async(reader.when_ready)
+            else:
+                yield piece
 
     async def json(self) -> Any:
         """Return the body as a JSON value. Raises BadRequest when it is not JSON."""
+        await self.body()
         return self.parse_json()
 
     async def json_object(self) -> Dict[str, Any]:
         """Return the body as a JSON object, {} when empty. Raises BadRequest or Unprocessable."""
-        value = self.parse_json() if self.body_bytes else {}
+        value = self.parse_json() if await self.body() else {}
         if not isinstance(value, dict):
             raise Unprocessable("body: must be a JSON object, {...}")
         return value
 
+    # -- the same for plain `def` handlers, whose threads may wait
+
+    @property
+    def body_bytes(self) -> bytes:
+        """What body() returns."""
+        if self._reader is not None:
+            collected = bytearray()
+            self._check_size(int(self.headers.get("content-length", 0)))
+            for piece in self.iter_body():
+                self._check_size(len(collected) + len(piece))
+                collected += piece
+            self._body = bytes(collected)
+        return self._body
+
+    def iter_body(self) -> Iterator[bytes]:
+        """Yield what stream() does."""
+        if self._reader is None:
+            if self._body:
+                yield self._body
+            return
+        reader, self._reader = self._reader, None
+        while True:
+            piece = reader.take()
+            if piece == b"":
+                return
+            if piece is None:
+                wait_for(reader.when_ready)
+            else:
+                yield piece
+
     def parse_json(self) -> Any:
-        """Return what json() does, for plain `def` handlers."""
+        """Return what json() does."""
         try:
             return json.loads(self.body_bytes)
         except (ValueError, RecursionError) as error:
             raise BadRequest(f"the body is not JSON: {error}") from None
+
+    @staticmethod
+    def _check_size(size: int) -> None:
+        if size > MAX_BODY:
+            raise ContentTooLarge(f"the body has more than {MAX_BODY} bytes, which is what this "
+                                  "route takes")
+
+    # -- query values
 
     def query_int(self, name: str, default: int, minimum: int = 0) -> int:
         """Return a query value as a number. Raises Unprocessable when it is none or too small."""
@@ -2344,6 +2716,114 @@ class JSONResponse(Response):
 
     def encode(self, content: Any) -> bytes:
         return encode_json(content).encode()
+
+
+class StreamingResponse(Response):
+    """A response whose content is produced while it is sent, as fast as the client reads.
+
+    content: an iterable of bytes, plain (it runs in a worker thread) or async; its close() or
+    aclose() is called at the end, whoever ended it. A "content-length" in headers tells the client
+    how much will come; without it the answer is chunked.
+    """
+
+    def __init__(self, content: Any, status_code: int = 200,
+                 headers: Optional[Dict[str, str]] = None,
+                 media_type: Optional[str] = "application/octet-stream") -> None:
+        super().__init__(b"", status_code, headers, media_type)
+        self.content = content
+
+
+class FileResponse(StreamingResponse):
+    """A file, or the range of it that the request asks for (RFC 9110, section 14).
+
+    Answers 206 for a range, 304 when the client has this very version (If-None-Match), and 416 for
+    a range outside of the file. Make it in a plain `def` handler, for it opens the file.
+    Raises NotFound, Forbidden, or Unprocessable for what is not a regular file.
+    """
+
+    def __init__(self, path: Union[str, Path], request: Optional[Request] = None, *,
+                 media_type: str = "application/octet-stream",
+                 headers: Optional[Dict[str, str]] = None) -> None:
+        file = self._open(path)
+        status = os.fstat(file.fileno())
+        etag = f'"{status.st_mtime_ns:x}-{status.st_size:x}"'
+        super().__init__((), 200, headers, media_type)
+        self.headers.update({"etag": etag, "accept-ranges": "bytes",
+                             "last-modified": _http_date(int(status.st_mtime))})
+        wanted = request.headers if request is not None else Headers()
+        begin, end = 0, status.st_size
+        if etag in wanted.get("if-none-match", ""):
+            self.status_code, end = int(HTTPStatus.NOT_MODIFIED), 0
+        elif "range" in wanted and wanted.get("if-range", etag) == etag:
+            begin, end = self._take_range(wanted["range"], status.st_size)
+        if self.status_code != HTTPStatus.NOT_MODIFIED:
+            self.headers["content-length"] = str(end - begin)
+        self.content = _FilePieces(file, begin, end)
+
+    @staticmethod
+    def _open(path: Union[str, Path]) -> Any:
+        try:
+            # a FIFO would block the open for ever
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFound(f"there is no file {str(path)!r}") from None
+        except PermissionError:
+            raise Forbidden(f"the file {str(path)!r} may not be read") from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise Unprocessable(f"path: {str(path)!r} is not a regular file")
+        return os.fdopen(descriptor, "rb", buffering=0)
+
+    def _take_range(self, text: str, size: int) -> Tuple[int, int]:
+        """Set the status for a Range field; return (begin, end). Several ranges are ignored."""
+        match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", text.replace(" ", ""))
+        if match is None or not (match[1] or match[2]):
+            return 0, size
+        begin = int(match[1]) if match[1] else max(0, size - int(match[2]))
+        end = min(size, int(match[2]) + 1) if match[1] and match[2] else size
+        if begin >= end:
+            raise EdgeError(f"range: the file has {size} bytes",
+                            HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
+                            headers={"Content-Range": f"bytes */{size}"})
+        self.status_code = int(HTTPStatus.PARTIAL_CONTENT)
+        self.headers["content-range"] = f"bytes {begin}-{end - 1}/{size}"
+        return begin, end
+
+
+class _FilePieces:
+    """Iterates over the bytes of a file from `begin` to `end`, and closes it."""
+
+    def __init__(self, file: Any, begin: int, end: int) -> None:
+        self._file, self._left = file, end - begin
+        if begin:
+            file.seek(begin)
+
+    def __iter__(self) -> "_FilePieces":
+        return self
+
+    def __next__(self) -> bytes:
+        piece = self._file.read(min(FILE_PIECE, self._left)) if self._left else b""
+        if not piece and self._left:
+            raise EOFError("the file became shorter while it was read")
+        self._left -= len(piece)
+        if not piece:
+            raise StopIteration
+        return piece
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+@functools.lru_cache(maxsize=2)
+def _http_date(seconds: int) -> str:
+    """Return an IMF-fixdate (RFC 9110, section 5.6.7), whatever the locale."""
+    now = time.gmtime(seconds)
+    day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[now.tm_wday]
+    month = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov",
+             "Dec")[now.tm_mon - 1]
+    return (f"{day}, {now.tm_mday:02} {month} {now.tm_year} "
+            f"{now.tm_hour:02}:{now.tm_min:02}:{now.tm_sec:02} GMT")
 
 
 def to_response(value: Any) -> Response:
@@ -2970,7 +3450,65 @@ def select_plugins(wanted: Optional[Iterable[str]]) -> List[str]:
     return list(dict.fromkeys(selected))
 
 
-Reply = Callable[[Response], None]
+class Call:
+    """One request at a host: its body comes in, its answer goes out. Any thread.
+
+    Links subclass it. This base answers whole, as wire version 1 needs it: what a handler streams
+    is collected first. respond() alone, or begin(), try_write() and finish() or abort().
+    """
+
+    max_whole = MAX_BODY                          # bytes of a body that respond() takes
+
+    def __init__(self, incoming: EdgeRequest, reader: Optional[BodyReader] = None) -> None:
+        self.incoming, self.reader = incoming, reader
+        self.cancelled = False                    # nobody waits for the answer any more
+        self._on_cancel: Optional[Callable[[], None]] = None
+        self._head: Optional[Response] = None
+        self._collected = bytearray()
+
+    def respond(self, response: Response) -> None:
+        """Answer, whole."""
+        raise NotImplementedError
+
+    def begin(self, response: Response) -> None:
+        """Send the status and the fields; the body follows."""
+        self._head = response
+
+    def try_write(self, piece: memoryview) -> int:
+        """Send some of the body; return how many bytes were taken, 0 when it must wait."""
+        self._collected += piece
+        if len(self._collected) > MAX_BODY:
+            raise ContentTooLarge(f"the answer has more than {MAX_BODY} bytes, which is what an "
+                                  "older bridge takes")
+        return len(piece)
+
+    def when_ready(self, waiter: Callable[[], None]) -> None:
+        """Call `waiter` when try_write() may take something."""
+        waiter()
+
+    def finish(self) -> None:
+        """End the body."""
+        head = self._head
+        assert head is not None
+        self.respond(Response(bytes(self._collected), head.status_code, head.headers))
+
+    def abort(self, error: EdgeError) -> None:
+        """Give up in the middle of the body: the client must see that it is not whole."""
+        self.respond(error_response(error))
+
+    def cancel(self) -> None:
+        """Take notice that nobody waits for the answer: what reads or writes the body fails."""
+        self.cancelled = True
+        if self.reader is not None:
+            self.reader.fail(Unavailable("the client has gone"))
+        if self._on_cancel is not None:
+            self._on_cancel()
+
+    def on_cancel(self, callback: Callable[[], None]) -> None:
+        """Call `callback` at cancel(), on any thread."""
+        self._on_cancel = callback
+        if self.cancelled:
+            callback()
 
 
 class _Hosted:
@@ -3091,17 +3629,17 @@ class PluginHost:
         for hosted in self._hosted.values():
             hosted.thread.call(self._start_task, hosted, self._tell_topology(hosted.plugin, edges))
 
-    def dispatch(self, incoming: EdgeRequest, reply: Reply) -> None:
-        """Answer a request: calls `reply(response)` exactly once, on any thread. Never raises."""
+    def dispatch(self, call_: Call) -> None:
+        """Answer a request, soon and on any thread. Never raises."""
         try:
-            hosted, route, request = self._resolve(incoming)
+            hosted, route, request = self._resolve(call_)
             if route.is_async:
                 hosted.thread.call(self._start_task, hosted,
-                                   self._run_async(route.handler, request, reply))
+                                   self._run_async(hosted, route.handler, request, call_), call_)
             else:
-                hosted.workers.run(lambda: self._run_plain(route.handler, request, reply))
+                hosted.workers.run(lambda: self._run_plain(hosted, route.handler, request, call_))
         except EdgeError as error:
-            reply(error_response(error))
+            call_.respond(error_response(error))
 
     # -- inside
 
@@ -3115,7 +3653,8 @@ class PluginHost:
         await made._open(store)
         hosted.plugin = made
 
-    def _resolve(self, incoming: EdgeRequest) -> Tuple[_Hosted, Route, Request]:
+    def _resolve(self, call_: Call) -> Tuple[_Hosted, Route, Request]:
+        incoming = call_.incoming
         path = incoming.target.partition("?")[0]
         segments = parse_path(path)
         hosted = self._hosted.get(segments[0])
@@ -3124,7 +3663,8 @@ class PluginHost:
         route, params = hosted.plugin.router.match(incoming.method, segments[1:])
         request = Request(incoming.method, incoming.target, incoming.headers, incoming.body,
                           user=incoming.headers.get("x-forwarded-user"),
-                          scope=incoming.headers.get("x-forwarded-scope", ""), app=self.app)
+                          scope=incoming.headers.get("x-forwarded-scope", ""), app=self.app,
+                          reader=call_.reader)
         request.path_params = params
         return hosted, route, request
 
@@ -3135,13 +3675,16 @@ class PluginHost:
         return f"{self.name!r} has no plugin {name[:80]!r}; it has: {loaded}"
 
     @staticmethod
-    def _start_task(hosted: _Hosted, coroutine: Any) -> None:
+    def _start_task(hosted: _Hosted, coroutine: Any, call_: Optional[Call] = None) -> None:
         task = hosted.thread.loop.create_task(coroutine)
         hosted.tasks.add(task)                    # the loop itself keeps only a weak reference
         task.add_done_callback(hosted.tasks.discard)
+        if call_ is not None:
+            call_.on_cancel(lambda: hosted.thread.call(task.cancel))
 
     @staticmethod
-    async def _run_async(handler: Callable[..., Any], request: Request, reply: Reply) -> None:
+    async def _run_async(hosted: _Hosted, handler: Callable[..., Any], request: Request,
+                         call_: Call) -> None:
         _current_request.set(request)             # of this task alone
         try:
             response = to_response(await handler(request))
@@ -3149,16 +3692,23 @@ class PluginHost:
             response = error_response(Unavailable("the plugin was stopped"))
         except Exception as error:
             response = _failure_response(error, request)
-        reply(response)
+        if _is_whole(response, call_):
+            call_.respond(response)
+        else:
+            await _send_body(hosted, request, response, call_)
 
-    @staticmethod
-    def _run_plain(handler: Callable[..., Any], request: Request, reply: Reply) -> None:
+    def _run_plain(self, hosted: _Hosted, handler: Callable[..., Any], request: Request,
+                   call_: Call) -> None:
         _current_request.set(request)             # of this thread, until its next request
         try:
             response = to_response(handler(request))
         except Exception as error:
             response = _failure_response(error, request)
-        reply(response)
+        if _is_whole(response, call_):
+            call_.respond(response)
+        else:                                     # not in this thread: a client may be slow
+            hosted.thread.call(self._start_task, hosted,
+                               _send_body(hosted, request, response, call_), call_)
 
     @staticmethod
     async def _tell_topology(plugin_object: Plugin, edges: Dict[str, Any]) -> None:
@@ -3176,6 +3726,66 @@ class PluginHost:
         except (OSError, UnicodeDecodeError) as error:
             log.error("%s: the UI module cannot be read: %s", plugin_object.instance_name, error)
             return None
+
+
+def _is_whole(response: Response, call_: Call) -> bool:
+    return not isinstance(response, StreamingResponse) and len(response.body) <= call_.max_whole
+
+
+async def _send_body(hosted: _Hosted, request: Request, response: Response, call_: Call) -> None:
+    """Send a response in pieces, as fast as they are taken. On the plugin's loop."""
+    content = getattr(response, "content", None)
+    try:
+        if content is None:
+            response.headers["content-length"] = str(len(response.body))
+        call_.begin(response)
+        if request.method != "HEAD":
+            async for piece in _iterate(hosted, response):
+                await _write(call_, piece)
+        call_.finish()
+    except asyncio.CancelledError:
+        call_.abort(Unavailable("the plugin was stopped, or the client has gone"))
+    except EdgeError as error:
+        call_.abort(error)
+    except Exception as error:                    # the plugin's, in the middle of its answer
+        log.error("%s %s: %s failed while it answered", request.request_id, request.method,
+                  request.path, exc_info=error)
+        call_.abort(EdgeError(f"internal error; the log has it under {request.request_id}"))
+    finally:
+        await _close_content(hosted, content)
+
+
+async def _iterate(hosted: _Hosted, response: Response) -> AsyncIterator[bytes]:
+    content = getattr(response, "content", (response.body,))
+    if hasattr(content, "__aiter__"):
+        async for piece in content:
+            yield piece
+        return
+    iterator = iter(content)
+    while True:
+        piece = await hosted.workers.call(next, iterator, END)   # it may read a file
+        if piece is END:
+            return
+        yield piece
+
+
+async def _write(call_: Call, piece: bytes) -> None:
+    view = memoryview(piece)
+    while view:
+        if call_.cancelled:
+            raise asyncio.CancelledError
+        taken = call_.try_write(view)
+        view = view[taken:]
+        if not taken:
+            await wait_for_async(call_.when_ready)
+
+
+async def _close_content(hosted: _Hosted, content: Any) -> None:
+    with contextlib.suppress(Exception):          # it was sent, or else its failure told
+        if hasattr(content, "aclose"):
+            await content.aclose()
+        elif hasattr(content, "close"):
+            await hosted.workers.call(content.close)
 
 
 def _failure_response(error: Exception, request: Request) -> Response:
@@ -3220,6 +3830,124 @@ def _encode_reply(req_id: str, response: Response) -> bytes:
     return encode_response(req_id, response.status_code, response.headers, response.body).encode()
 
 
+class _WholeCall(Call):
+    """A request over wire version 1, whose answer is one message."""
+
+    def __init__(self, channel: Channel, incoming: EdgeRequest) -> None:
+        super().__init__(incoming)
+        self._channel = channel                   # a later link would not know the req_id
+
+    def respond(self, response: Response) -> None:
+        """Answer, whole; what does not fit is answered by an error."""
+        incoming = self.incoming
+        edge_log.debug("%s: > %d, %d bytes", incoming.req_id, response.status_code,
+                       len(response.body))
+        try:
+            payload = _encode_reply(incoming.req_id, response)
+        except (TypeError, ValueError) as error:  # fields that are no text: the plugin's mistake
+            payload = _encode_reply(incoming.req_id, _failure_response(
+                error, Request(incoming.method, incoming.target, incoming.headers)))
+        if len(response.body) > MAX_BODY or len(payload) > MAX_MESSAGE:
+            payload = _encode_reply(incoming.req_id, error_response(ContentTooLarge(
+                f"the answer has {len(response.body)} bytes; {MAX_BODY} are allowed, and fewer of "
+                "text that JSON makes longer")))
+        self._channel.send(encode_frame(Opcode.TEXT, payload, mask=new_mask()))
+
+
+class _StreamCall(Call):
+    """A request over wire version 2: a stream, whose body and answer may come in pieces."""
+
+    max_whole = MAX_WHOLE
+
+    def __init__(self, link: "_BridgeLink", stream: int, incoming: EdgeRequest,
+                 ended: bool) -> None:
+        super().__init__(incoming, None if ended else BodyReader(self._on_read))
+        self._link, self._channel, self._stream = link, link.channel, stream
+        self._window = SendWindow()
+        self._received = ReceiveWindow()          # of the request's body
+        self.is_streaming = False                 # set once the answer's body is on its way
+
+    def respond(self, response: Response) -> None:
+        """Answer, whole."""
+        head = self._encode_head(response, end=True)
+        self._link.forget(self._stream)
+        if not self.cancelled:
+            self._link.send_wire(self._channel, head, response.body)
+
+    def begin(self, response: Response) -> None:
+        """Send the status and the fields; the body follows."""
+        self.is_streaming = True
+        self._link.send_wire(self._channel, self._encode_head(response, end=False))
+
+    def try_write(self, piece: memoryview) -> int:
+        """Send some of the body, when the link has room and the bridge lets this stream."""
+        if not self._channel.has_room:
+            return 0
+        size = self._window.take(min(len(piece), DATA_SIZE))
+        if size:
+            head = encode_wire(Kind.DATA, self._stream)
+            self._link.send_wire(self._channel, head, piece[:size])
+        return size
+
+    def when_ready(self, waiter: Callable[[], None]) -> None:
+        """Call `waiter` when try_write() may take something."""
+        if self._channel.has_room:
+            self._window.when_open(waiter)
+        else:
+            self._channel.when_room(waiter)
+
+    def finish(self) -> None:
+        """End the body."""
+        self._link.forget(self._stream)
+        self._link.send_wire(self._channel, encode_wire(Kind.DATA, self._stream, end=True))
+
+    def abort(self, error: EdgeError) -> None:
+        """Give up in the middle of the body."""
+        self._link.forget(self._stream)
+        if not self.cancelled:
+            self._link.send_wire(self._channel, encode_wire(Kind.CANCEL, self._stream),
+                                 error.detail.encode())
+
+    def cancel(self) -> None:
+        """Take notice that nobody waits for the answer."""
+        super().cancel()
+        self._window.close()
+
+    # -- what arrives; on the transport loop
+
+    def on_data(self, frame: WireFrame) -> None:
+        """Take a piece of the request's body. Raises ProtocolError when it came without credit."""
+        if self.reader is None:
+            raise ProtocolError("body after its end")
+        self._received.on_received(len(frame.body))
+        self.reader.feed(frame.body, end=frame.end)
+
+    def on_credit(self, credit: int) -> None:
+        """Take leave to send more."""
+        self._window.add(credit)
+
+    # -- inside
+
+    def _on_read(self, size: int) -> None:
+        credit = self._received.on_consumed(size, self._link.streams)
+        if credit:
+            payload = encode_wire_number(Kind.CREDIT, self._stream, credit)
+            self._link.send_wire(self._channel, payload)
+
+    def _encode_head(self, response: Response, *, end: bool) -> bytes:
+        incoming = self.incoming
+        edge_log.debug("%s: > %d", incoming.req_id, response.status_code)
+        try:
+            return encode_wire(Kind.RESPONSE, self._stream,
+                               [response.status_code, response.headers], end=end)
+        except (TypeError, ValueError) as error:  # fields that are no text: the plugin's mistake
+            failure = _failure_response(error, Request(incoming.method, incoming.target,
+                                                       incoming.headers))
+            response.body = failure.body
+            return encode_wire(Kind.RESPONSE, self._stream,
+                               [failure.status_code, failure.headers], end=end)
+
+
 class _BridgeLink:
     """An edge's link to one bridge, kept up for ever. On the transport loop."""
 
@@ -3228,7 +3956,11 @@ class _BridgeLink:
         self.url = find_bridge(text).url          # found anew for each connection
         self._loop = asyncio.get_running_loop()
         self.state = LinkState.CLOSED             # only _advance() changes it
-        self._channel: Optional[Channel] = None
+        self.channel: Optional[Channel] = None
+        self._wire = 1                            # the version that the bridge chose
+        self._new_mask: Callable[[], bytes] = new_mask
+        # by stream; the transport loop adds, any thread takes away: a dict's methods are atomic
+        self._calls: Dict[int, _StreamCall] = {}
         self._parser = FrameParser(masked=False)
         self._closed: "asyncio.Future[str]" = self._loop.create_future()
         self._unsent: Deque[bytes] = collections.deque()         # notifications, until it is OPEN
@@ -3254,7 +3986,7 @@ class _BridgeLink:
 
     def send_notification(self, frame: bytes) -> None:
         """Send an unmasked message, or keep it until the link is OPEN."""
-        if self.state is LinkState.OPEN and self._channel is not None:
+        if self.state is LinkState.OPEN and self.channel is not None:
             self._send(Opcode.TEXT, frame)
             return
         self._unsent.append(frame)
@@ -3272,9 +4004,30 @@ class _BridgeLink:
             message = {"type": "topology", "edges": {self._edge.name: {"plugins": plugins}}}
             self._send(Opcode.TEXT, encode_json(message).encode())
 
+    # -- for calls; any thread
+
+    @property
+    def streams(self) -> int:
+        """How many requests are under way."""
+        return len(self._calls)
+
+    def forget(self, stream: int) -> None:
+        """Take no more notice of a stream."""
+        self._calls.pop(stream, None)
+
+    def send_wire(self, channel: Channel, head: bytes,
+                  body: Union[bytes, memoryview] = b"") -> None:
+        """Send a frame of version 2 to the link that its request came from."""
+        mask = self._new_mask()
+        if mask is NO_MASK:
+            size = len(head) + len(body)
+            channel.send(encode_frame_head(Opcode.BINARY, size, mask=mask) + head, body)
+        else:
+            channel.send(encode_frame(Opcode.BINARY, head + body, mask=mask))
+
     def close(self, reason: str) -> None:
         """Leave the bridge, politely."""
-        if self._channel is not None and not self._channel.closed:
+        if self.channel is not None and not self.channel.closed:
             self._leave(CloseCode.GOING_AWAY, reason)
 
     # -- a connection's life
@@ -3293,18 +4046,21 @@ class _BridgeLink:
         finally:
             if heartbeat is not None:
                 heartbeat.cancel()
+            self._cancel_calls()
             if self.state is not LinkState.CLOSED:
                 self._advance("failed")
 
     def _serve(self, sock: socket.socket, rest: bytes) -> None:
         self._parser = FrameParser(masked=False)
+        self._wire, self._new_mask, self._calls = 1, new_mask, {}
         self._closed = self._loop.create_future()
         closed = self._closed
-        self._channel = Channel(self._loop, sock, self._on_data,
+        limit_unsent(sock)
+        self.channel = Channel(self._loop, sock, self._on_data,
                                 lambda reason: _set_result(closed, reason))
         self._last_received = self._loop.time()
         self._send(Opcode.TEXT, encode_json(self._edge.registration()).encode())
-        self._channel.start()
+        self.channel.start()
         if rest:
             self._on_data(rest)
 
@@ -3314,22 +4070,30 @@ class _BridgeLink:
             await asyncio.sleep(period)
             silent = self._loop.time() - self._last_received
             if silent > LINK_DEAD * period:
-                self._channel.close(f"nothing was heard for {silent:.0f} s")
+                self.channel.close(f"nothing was heard for {silent:.0f} s")
                 return
             if self.state is LinkState.REGISTERING:
                 self._on_registered({})           # a bridge of the older kind never says so
             self._send(Opcode.PING, b"")
 
+    def _cancel_calls(self) -> None:
+        """End what depends on the lost link: bodies, and requests that only read."""
+        calls, self._calls = self._calls, {}
+        for call_ in calls.values():
+            if call_.reader is not None or call_.is_streaming or \
+                    call_.incoming.method in ("GET", "HEAD"):
+                call_.cancel()
+
     def _leave(self, code: int, reason: str) -> None:
-        self._channel.send(encode_close(code, reason, mask=new_mask()))
-        self._channel.close(reason)
+        self.channel.send(encode_close(code, reason, mask=new_mask()))
+        self.channel.close(reason)
 
     def _advance(self, event: str) -> None:
         self.state = _LINK_TRANSITIONS[self.state, event]
         edge_log.debug("%s: %s after %s", self.url, self.state.name, event)
 
     def _send(self, opcode: Opcode, payload: bytes) -> None:
-        self._channel.send(encode_frame(opcode, payload, mask=new_mask()))
+        self.channel.send(encode_frame(opcode, payload, mask=self._new_mask()))
 
     # -- what arrives
 
@@ -3337,7 +4101,7 @@ class _BridgeLink:
         self._last_received = self._loop.time()
         self._parser.feed(data)
         try:
-            while not self._channel.closed:
+            while not self.channel.closed:
                 message = self._parser.next_message()
                 if message is None:
                     return
@@ -3355,7 +4119,11 @@ class _BridgeLink:
         elif opcode is Opcode.CLOSE:
             code, reason = parse_close(payload)
             self._send(Opcode.CLOSE, payload[:2])
-            self._channel.close(f"the bridge closed the link ({code} {reason})")
+            self.channel.close(f"the bridge closed the link ({code} {reason})")
+        elif opcode is Opcode.BINARY and self._wire > 1:
+            frame = parse_wire(payload)
+            if frame is not None:
+                self._on_wire(frame)
         elif opcode is not Opcode.PONG:
             message = parse_message(payload)
             handler = self._handlers.get(message["type"])
@@ -3365,30 +4133,49 @@ class _BridgeLink:
     def _on_request(self, message: Dict[str, Any]) -> None:
         incoming = parse_request(message)
         edge_log.debug("%s: < %s %s", incoming.req_id, incoming.method, incoming.target[:80])
-        channel = self._channel
-        self._edge.host.dispatch(incoming, functools.partial(self._reply, channel, incoming))
+        self._edge.host.dispatch(_WholeCall(self.channel, incoming))
 
-    @staticmethod
-    def _reply(channel: Channel, incoming: EdgeRequest, response: Response) -> None:
-        # any thread. To the channel it came from: a later link would not know the req_id
-        edge_log.debug("%s: > %d, %d bytes", incoming.req_id, response.status_code,
-                       len(response.body))
-        try:
-            payload = _encode_reply(incoming.req_id, response)
-        except (TypeError, ValueError) as error:  # fields that are no text: the plugin's mistake
-            payload = _encode_reply(incoming.req_id, _failure_response(
-                error, Request(incoming.method, incoming.target, incoming.headers)))
-        if len(response.body) > MAX_BODY or len(payload) > MAX_MESSAGE:
-            payload = _encode_reply(incoming.req_id, error_response(ContentTooLarge(
-                f"the answer has {len(response.body)} bytes; {MAX_BODY} are allowed, and fewer of "
-                "text that JSON makes longer")))
-        channel.send(encode_frame(Opcode.TEXT, payload, mask=new_mask()))
+    def _on_wire(self, frame: WireFrame) -> None:
+        if frame.kind is Kind.REQUEST:
+            self._on_stream(frame)
+            return
+        call_ = self._calls.get(frame.stream)     # None: it was answered in the meantime
+        if call_ is None:
+            return
+        if frame.kind is Kind.DATA:
+            call_.on_data(frame)
+        elif frame.kind is Kind.CREDIT:
+            call_.on_credit(frame.number)
+        elif frame.kind is Kind.CANCEL:
+            self.forget(frame.stream)
+            edge_log.debug("%s: cancelled", call_.incoming.req_id)
+            call_.cancel()
+
+    def _on_stream(self, frame: WireFrame) -> None:
+        method, target, fields = [*frame.head, None, None, None][:3]
+        if not (isinstance(method, str) and isinstance(target, str) and isinstance(fields, dict)
+                and frame.stream not in self._calls):
+            raise ProtocolError("request without method, target or fields")
+        edge_log.debug("%s: < %s %s", fields.get("x-request-id"), method, target[:80])
+        fields = {str(name).lower(): str(value) for name, value in fields.items()}
+        incoming = EdgeRequest(fields.get("x-request-id", "-"), method, target, fields,
+                               bytes(frame.body) if frame.end else b"")
+        call_ = self._calls[frame.stream] = _StreamCall(self, frame.stream, incoming, frame.end)
+        if not frame.end and len(frame.body):
+            call_.on_data(frame)
+        self._edge.host.dispatch(call_)
 
     def _on_ping(self, _message: Dict[str, Any]) -> None:
         self._send(Opcode.TEXT, b'{"type":"pong"}')
 
-    def _on_registered(self, _message: Dict[str, Any]) -> None:
+    def _on_registered(self, message: Dict[str, Any]) -> None:
         edge_log.info("%s: registered as %s", self.url, self._edge.name)
+        if message.get("wire") == 2:
+            self._wire, self._parser.max_message = 2, MAX_FRAME
+            if self.url.tls or self.url.is_loopback:
+                # masks protect proxies that would take the bytes for HTTP (RFC 6455, section 10.3);
+                # there is none inside TLS or between two ends on one machine
+                self._new_mask = lambda: NO_MASK
         self._advance("registered")
         while self._unsent:
             self._send(Opcode.TEXT, self._unsent.popleft())
@@ -3404,7 +4191,7 @@ class _BridgeLink:
     def _on_error(self, message: Dict[str, Any]) -> None:
         edge_log.error("%s: the bridge refuses this edge: %s", self.url,
                        str(message.get("message"))[:200])
-        self._channel.close("refused by the bridge")
+        self.channel.close("refused by the bridge")
 
     def _on_shutdown(self, message: Dict[str, Any]) -> None:
         edge_log.info("%s: told to end: %s", self.url, str(message.get("reason"))[:200])
@@ -3486,7 +4273,7 @@ class Edge:
                     "version": __version__}
         return {"type": "register", "edge_name": self.name, "endpoint": endpoint,
                 "plugins": self.host.describe_for_bridge(), "instance": self._instance,
-                "wire": [WIRE_VERSION]}
+                "wire": list(WIRE_VERSIONS)}
 
     def dial(self, text: Optional[str]) -> Tuple[BridgeURL, socket.socket, bytes]:
         """Return the bridge's URL and what open_websocket() does, with today's token. Blocks."""
@@ -3588,25 +4375,16 @@ def _response_fields(response: Response) -> List[Tuple[str, str]]:
               if name != "cache-control")]
 
 
-@functools.lru_cache(maxsize=2)
-def _http_date(seconds: int) -> str:
-    """Return an IMF-fixdate (RFC 9110, section 5.6.7), whatever the locale."""
-    now = time.gmtime(seconds)
-    day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[now.tm_wday]
-    month = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov",
-             "Dec")[now.tm_mon - 1]
-    return (f"{day}, {now.tm_mday:02} {month} {now.tm_year} "
-            f"{now.tm_hour:02}:{now.tm_min:02}:{now.tm_sec:02} GMT")
-
-
 class Exchange:
     """One request of a client and its answer. On the loop.
 
-    respond() is called once; `cancelled` is True when the client went away before.
+    respond() is called once, or begin(), send_body() and end_body(); `cancelled` is True when the
+    client went away before.
     """
 
     __slots__ = ("connection", "head", "segments", "identity", "route", "params", "request_id",
-                 "body", "error", "started", "deadline", "cancelled", "wire_id", "link")
+                 "body", "received", "upload", "error", "started", "timeout", "deadline", "begun",
+                 "cancelled", "wire_id", "link", "own_call")
 
     def __init__(self, connection: "HttpConnection", head: RequestHead, request_id: str,
                  started: float) -> None:
@@ -3617,11 +4395,15 @@ class Exchange:
         self.route: Optional[Route] = None        # one of the bridge's own; None: for an edge
         self.params: Dict[str, str] = {}
         self.body = b""
+        self.received = False                     # whether the request is here to its last byte
+        self.upload: Optional[Upload] = None      # what takes the body while it comes
         self.error: Optional[EdgeError] = None    # known before the body was read
-        self.deadline = started + REQUEST_S
-        self.cancelled = False
-        self.link: Optional[EdgeLink] = None      # that works on it, under the req_id `wire_id`
-        self.wire_id = ""
+        self.timeout = REQUEST_S
+        self.deadline = started + REQUEST_S       # each piece of a body puts it off by `timeout`
+        self.begun = self.cancelled = False
+        self.link: Optional[EdgeLink] = None      # that works on it, under the id `wire_id`
+        self.wire_id: Union[str, int] = ""
+        self.own_call: Optional[Call] = None      # where one of the bridge's own plugins answers
 
     def respond(self, response: Response) -> None:
         """Answer the client."""
@@ -3629,8 +4411,115 @@ class Exchange:
             self.connection.respond(self, response)
 
     def fail(self, error: EdgeError) -> None:
-        """Answer the client with an error."""
-        self.respond(error_response(error))
+        """Answer the client with an error, or let it see that the answer is not whole."""
+        if self.begun and not self.cancelled:
+            bridge_log.warning("%s: answer cut short: %s", self.request_id, error.detail)
+            self.connection.channel.close(error.detail)
+        else:
+            self.respond(error_response(error))
+
+    def on_progress(self) -> None:
+        """Put the deadline off: something moved."""
+        self.deadline = self.connection.now() + self.timeout
+
+
+class Upload:
+    """A request's body on its way to a plugin, as fast as that reads it. On the loop.
+
+    The client's connection is read only when there is nothing left to send.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._backlog: Deque[bytes] = collections.deque()
+        self._ended = False
+        self._send: Optional[Callable[[bytes, bool], int]] = None
+        self._when_ready: Optional[Callable[[Callable[[], None]], None]] = None
+
+    def attach(self, send: Callable[[bytes, bool], int],
+               when_ready: Callable[[Callable[[], None]], None]) -> None:
+        """Begin to send.
+
+        send(piece, end) returns how many bytes it took, 0 when it must wait; when_ready(waiter)
+        calls the waiter, on the loop, when it need not any more.
+        """
+        self._send, self._when_ready = send, when_ready
+        self._pump()
+
+    def feed(self, piece: bytes) -> None:
+        """Take what came from the client."""
+        self._backlog.append(piece)
+        self._exchange.on_progress()
+        self._pump()
+
+    def finish(self) -> None:
+        """Take notice that this was all."""
+        self._ended = True
+        self._pump()
+
+    def stop(self) -> None:
+        """Drop what is left: nobody reads it."""
+        self._send = lambda piece, end: len(piece)
+        self._backlog.clear()
+
+    def _pump(self) -> None:
+        while self._send is not None and self._backlog:
+            last = self._ended and len(self._backlog) == 1
+            piece = self._backlog[0]
+            sent = self._send(piece, last)
+            if sent == len(piece):
+                self._backlog.popleft()
+                if last:
+                    self.stop()
+                    return
+            elif sent:
+                self._backlog[0] = piece[sent:]
+            else:
+                self._when_ready(self._pump)
+                break
+        if self._backlog or self._send is None:
+            self._exchange.connection.pause_reading()
+        elif self._ended:
+            self._send(b"", True)
+            self.stop()
+        else:
+            self._exchange.connection.resume_reading()
+
+
+class Download:
+    """An answer's body on its way to the client, as fast as that reads it. On the loop.
+
+    give_credit(size) lets the sender go on; streams() tells how many share the memory for it.
+    """
+
+    def __init__(self, exchange: Exchange, streams: Callable[[], int],
+                 give_credit: Callable[[int], None]) -> None:
+        self._exchange, self._streams, self._give_credit = exchange, streams, give_credit
+        self._window = ReceiveWindow()
+        self._waiting = 0                         # bytes passed on that the client has not taken
+
+    def on_data(self, piece: Union[bytes, memoryview]) -> None:
+        """Pass a piece on. Raises ProtocolError when it came without credit."""
+        size, channel = len(piece), self._exchange.connection.channel
+        self._window.on_received(size)
+        self._exchange.on_progress()
+        self._exchange.connection.send_body(piece)
+        if not self._waiting and channel.has_room:
+            self._on_taken(size)
+            return
+        if not self._waiting:
+            channel.when_room(self._on_room)
+        self._waiting += size
+
+    def _on_room(self) -> None:
+        size, self._waiting = self._waiting, 0
+        self._exchange.on_progress()
+        self._on_taken(size)
+
+    def _on_taken(self, size: int) -> None:
+        credit = self._window.on_consumed(size, self._streams())
+        if credit and not self._exchange.cancelled:
+            self._give_credit(credit)
 
 
 class HttpConnection:
@@ -3642,14 +4531,16 @@ class HttpConnection:
     def __init__(self, gateway: "Bridge", parser: RequestParser, address: str) -> None:
         self._gateway, self._parser, self.address = gateway, parser, address
         self._loop = gateway.loop
+        self.now = self._loop.time
         self.channel: Optional[Channel] = None
         self._exchange: Optional[Exchange] = None                # being read or answered
         self._body = bytearray()
-        self._answering = self._advancing = False
+        self._body_left: Optional[int] = 0        # bytes of the answer under way; None: chunked
+        self._answering = self._advancing = self._paused = False
         self._taken: Optional[Callable[[bytes], None]] = None    # by a link or a subscriber
         self.on_lost: Callable[[str], None] = self._on_lost
         self.deadline = self._loop.time() + HANDSHAKE_S
-        self._unsent = self._progress = 0         # bytes of an answer and of a body, at that time
+        self._sent = self._progress = 0           # bytes of answers and of a body, at that time
 
     def adopt(self, sock: socket.socket) -> None:
         """Serve the socket, whose first bytes the parser has."""
@@ -3664,26 +4555,97 @@ class HttpConnection:
         self.deadline = float("inf")
         return self._parser.take_rest()
 
+    def pause_reading(self) -> None:
+        """Leave the rest of the request's body where it is, for now."""
+        if not self._paused:
+            self._paused, self.deadline = True, float("inf")
+            self.channel.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Go on with the request's body."""
+        if self._paused:
+            self._paused, self.deadline = False, self._loop.time() + BODY_IDLE_S
+            self.channel.resume_reading()
+            if not self._advancing:
+                self._advance()
+
+    # -- the answer
+
     def respond(self, exchange: Exchange, response: Response) -> None:
         """Write an answer; then go on with the next request, or close."""
-        head, body = exchange.head, response.body
-        keep = head.keep_alive and not self._gateway.stopping
+        body, given = response.body, response.headers.pop("content-length", None)
+        length: Union[int, str, None] = len(body)
+        if response.status_code in (204, 304):    # no body, and no length (RFC 9110, section 8.6)
+            body, length = b"", None
+        elif exchange.head.method == "HEAD" and given:           # as long as it would be for GET
+            length = given
+        encoded = self._encode_head(exchange, response, length)
+        self.channel.send(encoded if exchange.head.method == "HEAD" else encoded + body)
+        self._end(exchange, response.status_code)
+
+    def begin(self, exchange: Exchange, response: Response) -> None:
+        """Write the head of an answer whose body comes in pieces; "content-length" may be known."""
+        given = response.headers.pop("content-length", "")
+        length = int(given) if given.isascii() and given.isdigit() and len(given) < 19 else None
+        bare = exchange.head.method == "HEAD" or response.status_code in (204, 304)
+        encoded = self._encode_head(exchange, response, length, chunked=not bare)
+        self._body_left = 0 if bare else length
+        exchange.begun = True
+        self._answering, self.deadline = True, self._loop.time() + KEEP_ALIVE_S
+        self._sent = self.channel.sent
+        self.channel.send(encoded)
+
+    def send_body(self, piece: Union[bytes, memoryview]) -> None:
+        """Write some of the body. What is longer than was announced closes the connection."""
+        exchange, size = self._exchange, len(piece)
+        if self._body_left is not None:
+            if size > self._body_left:
+                if exchange.head.method != "HEAD":
+                    self.channel.close("the answer is longer than announced")
+                return
+            self._body_left -= size
+            self.channel.send(piece)
+        elif exchange.head.is_http10:
+            self.channel.send(piece)
+        elif size:
+            self.channel.send(b"%x\r\n" % size, piece, b"\r\n")
+
+    def end_body(self, exchange: Exchange, status: int) -> None:
+        """End the body; what is shorter than announced closes the connection."""
+        if self._body_left:
+            self.channel.close("the answer is shorter than announced")
+            return
+        if self._body_left is None and not exchange.head.is_http10:
+            self.channel.send(encode_chunk(b""))
+        self._end(exchange, status)
+
+    def _encode_head(self, exchange: Exchange, response: Response, length: Union[int, str, None],
+                     *, chunked: bool = False) -> bytes:
+        head = exchange.head
+        if not exchange.received or self._gateway.stopping:      # its body is not read any more
+            head.keep_alive = False
         fields = _response_fields(response)
         fields.append(("X-Request-ID", exchange.request_id))
-        if response.status_code in (204, 304):    # no body, and no length (RFC 9110, section 8.6)
-            body = b""
-        else:
-            fields.append(("Content-Length", str(len(body))))
-        if not keep:
+        if length is not None:
+            fields.append(("Content-Length", str(length)))
+        elif chunked and head.is_http10:
+            head.keep_alive = False               # the end of the connection is the body's end
+        elif chunked:
+            fields.append(("Transfer-Encoding", "chunked"))
+        if not head.keep_alive:
             fields.append(("Connection", "close"))
         elif head.is_http10:
             fields.append(("Connection", "keep-alive"))
-        encoded = encode_response_head(response.status_code, fields)
-        self.channel.send(encoded if head.method == "HEAD" else encoded + body)
-        self._gateway.on_answered(exchange, response.status_code)
+        return encode_response_head(response.status_code, fields)
+
+    def _end(self, exchange: Exchange, status: int) -> None:
+        keep = exchange.head.keep_alive
+        self._gateway.on_answered(exchange, status)
+        if exchange.upload is not None:
+            exchange.upload.stop()
         # the last answer was given: what the client sent after that request is not read any more
-        self._exchange, self._answering = None, not keep
-        self.deadline, self._unsent = self._loop.time() + KEEP_ALIVE_S, self.channel.unsent
+        self._exchange, self._answering, self._paused = None, not keep, False
+        self.deadline, self._sent = self._loop.time() + KEEP_ALIVE_S, self.channel.sent
         if not keep:
             self.channel.close_when_sent()
         elif not self._advancing:
@@ -3692,15 +4654,17 @@ class HttpConnection:
 
     def on_deadline(self) -> None:
         """Close a connection that is idle, slow to finish its request, or does not read."""
-        if 0 < self.channel.unsent < self._unsent:
+        unsent, exchange = self.channel.unsent, self._exchange
+        begun = exchange is not None and exchange.begun
+        if unsent and self.channel.sent > self._sent or begun and not unsent:
             self.deadline = self._loop.time() + KEEP_ALIVE_S     # it reads, if slowly
-            self._unsent = self.channel.unsent
-        elif self._exchange is None and (self.channel.unsent or not self._parser.buffered):
+            self._sent = self.channel.sent
+        elif begun or exchange is None and (unsent or not self._parser.buffered):
             self.channel.close("idle")
         else:
             self._fail(RequestTimeout("the request was not complete in time: send it again"))
 
-    # -- inside
+    # -- the request
 
     def _on_data(self, data: bytes) -> None:
         if self._taken is not None:
@@ -3719,7 +4683,8 @@ class HttpConnection:
         """Read requests until one waits for its answer or bytes are missing."""
         self._advancing = True
         try:
-            while not self._answering and self._taken is None and not self.channel.closed:
+            while not self._answering and not self._paused and self._taken is None \
+                    and not self.channel.closed:
                 event = self._parser.next_event()
                 if event is None:
                     break
@@ -3736,11 +4701,7 @@ class HttpConnection:
         if isinstance(event, RequestHead):
             self._on_head(event)
         elif event is END:
-            self._answering = True
-            self.deadline = float("inf")          # from now on it is the request's own that counts
-            exchange = self._exchange
-            exchange.body, self._body = bytes(self._body), bytearray()
-            self._gateway.handle(exchange)
+            self._on_end()
         else:
             self._on_body(event)
 
@@ -3748,24 +4709,41 @@ class HttpConnection:
         self._exchange = exchange = self._gateway.open_exchange(self, head)
         if head.length != 0:
             self.deadline, self._progress = self._loop.time() + BODY_IDLE_S, 0
-        if exchange.error is None and head.length is not None:
+        is_long = head.length is None or head.length > MAX_WHOLE
+        if exchange.error is None and is_long and exchange.route is None:
+            self._gateway.open_upload(exchange)
+        if exchange.error is None and exchange.upload is None and head.length is not None:
             exchange.error = self._check_length(head.length)
-        refused_early = head.expects_continue or head.length is None or \
-            head.length > MAX_PIPELINED
-        if exchange.error is not None and refused_early:
-            head.keep_alive = False               # the body is not worth reading to stay in step
-            self._answering = True
+        if exchange.error is not None and (is_long or head.expects_continue):
+            self._answering = True                # the body is not worth reading to stay in step
             exchange.fail(exchange.error)
         elif head.expects_continue:
             self.channel.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _on_body(self, piece: bytes) -> None:
+        upload = self._exchange.upload
+        if upload is not None:
+            self._progress += len(piece)
+            if self._progress >= MIN_PROGRESS:
+                self.deadline, self._progress = self._loop.time() + BODY_IDLE_S, 0
+            upload.feed(piece)
+            return
         self._body += piece
         error = self._check_length(len(self._body))
         if error is not None:
             raise error
         if len(self._body) - self._progress >= MIN_PROGRESS:
             self.deadline, self._progress = self._loop.time() + BODY_IDLE_S, len(self._body)
+
+    def _on_end(self) -> None:
+        exchange = self._exchange
+        exchange.received = self._answering = True
+        self.deadline = float("inf")              # from now on it is the request's own that counts
+        if exchange.upload is not None:
+            exchange.upload.finish()
+            return
+        exchange.body, self._body = bytes(self._body), bytearray()
+        self._gateway.handle(exchange)
 
     def _check_length(self, length: int) -> Optional[ContentTooLarge]:
         """Return the error of a body of so many bytes, None when it is not too large."""
@@ -3778,6 +4756,8 @@ class HttpConnection:
         exchange = self._exchange
         if exchange is None:
             exchange = self._gateway.open_broken_exchange(self)
+        elif exchange.link is not None:
+            exchange.link.cancel(exchange)
         exchange.head.keep_alive = False
         self._answering = True
         exchange.fail(error)
@@ -3932,7 +4912,11 @@ class EdgeLink:
         self.ui_modules: Dict[str, str] = {}
         self.routes: Dict[str, List[Tuple[str, str]]] = {}
         self._parser = FrameParser(masked=True)
-        self._pending: Dict[str, Exchange] = {}   # by the req_id on the wire
+        self._wire = 1                            # the version that both sides know
+        # by the id on the wire: a req_id in version 1, the number of a stream in version 2
+        self._pending: Dict[Union[str, int], Exchange] = {}
+        self._windows: Dict[int, SendWindow] = {}                # of requests' bodies, by stream
+        self._downloads: Dict[int, Tuple[Download, int]] = {}    # and their status, by stream
         self._counter = 0
         self.opened = self._last_received = connection._loop.time()
         self._handlers = {"register": self._on_register, "response": self._on_response,
@@ -3964,34 +4948,98 @@ class EdgeLink:
         """Send a message."""
         self.channel.send(encode_frame(Opcode.TEXT, encode_json(message).encode()))
 
+    @property
+    def takes_uploads(self) -> bool:
+        """Whether a request may be forwarded before all of its body is here."""
+        return self._wire == 2
+
     def forward(self, exchange: Exchange, target: str, headers: Dict[str, str]) -> None:
         """Send a request to the edge; its answer, or the lack of one, ends the exchange."""
         if len(self._pending) >= MAX_PENDING or self.channel.unsent > MAX_LINK_BUFFER:
             raise Unavailable(f"edge {self.name!r} has too much to do: try again later",
                               headers=_retry_after(1))
         self._counter += 1
-        exchange.link, exchange.wire_id = self, f"{self._counter:x}"
-        wire_id = exchange.wire_id
-        opcode, payload = encode_request(wire_id, exchange.head.method, target, headers,
+        bridge_log.debug("%s: > %s %s", exchange.request_id, exchange.head.method, target[:80])
+        if self._wire == 2:
+            self._forward_stream(exchange, self._counter, target, headers)
+        else:
+            self._forward_whole(exchange, f"{self._counter:x}", target, headers)
+
+    def _forward_whole(self, exchange: Exchange, req_id: str, target: str,
+                       headers: Dict[str, str]) -> None:
+        opcode, payload = encode_request(req_id, exchange.head.method, target, headers,
                                          exchange.body)
         exchange.body = b""
         if len(payload) > MAX_MESSAGE:            # text that JSON makes much longer
             raise ContentTooLarge(f"the body takes {len(payload)} bytes on the wire; {MAX_MESSAGE} "
                                   "are allowed")
+        self._add(exchange, req_id)
+        self._send_request(encode_frame(opcode, payload))
+
+    def _forward_stream(self, exchange: Exchange, stream: int, target: str,
+                        headers: Dict[str, str]) -> None:
+        try:
+            head = encode_wire(Kind.REQUEST, stream, [exchange.head.method, target, headers],
+                               end=exchange.received)
+        except ValueError as error:
+            raise HeadTooLarge(str(error)) from None
+        self._add(exchange, stream)
+        body = exchange.body
+        self._send_request(encode_frame_head(Opcode.BINARY, len(head) + len(body)) + head + body)
+        if exchange.upload is not None:
+            window = self._windows[stream] = SendWindow()
+            exchange.upload.attach(functools.partial(self._send_data, stream, window),
+                                   functools.partial(self._when_ready, window))
+
+    def _add(self, exchange: Exchange, wire_id: Union[str, int]) -> None:
+        exchange.link, exchange.wire_id = self, wire_id
         self._pending[wire_id] = exchange
-        bridge_log.debug("%s: > %s %s", exchange.request_id, exchange.head.method, target[:80])
+
+    def _send_request(self, frame: bytes) -> None:
         # under load, requests that arrive together go out together; a single one goes at once
         send = self.channel.send if len(self._pending) < 4 else self.channel.send_soon
-        send(encode_frame(opcode, payload))
+        send(frame)
+
+    def _send_data(self, stream: int, window: SendWindow, piece: bytes, end: bool) -> int:
+        """Send some of a request's body; return how much the link and the edge had room for."""
+        if not self.channel.has_room:
+            return 0
+        size = window.take(min(len(piece), DATA_SIZE)) if piece else 0
+        if size or not piece:
+            head = encode_wire(Kind.DATA, stream, end=end and size == len(piece))
+            self._send_wire(head, memoryview(piece)[:size])
+        return size
+
+    def _when_ready(self, window: SendWindow, waiter: Callable[[], None]) -> None:
+        if self.channel.has_room:
+            window.when_open(waiter)
+        else:
+            self.channel.when_room(waiter)
+
+    def _send_wire(self, head: bytes, body: Union[bytes, memoryview] = b"") -> None:
+        self.channel.send(encode_frame_head(Opcode.BINARY, len(head) + len(body)) + head, body)
 
     def forget(self, exchange: Exchange) -> None:
         """Stop waiting for the edge's answer to this one."""
-        self._pending.pop(exchange.wire_id, None)
+        wire_id = exchange.wire_id
+        self._pending.pop(wire_id, None)
+        if self._downloads.pop(wire_id, None) is not None:       # type: ignore[arg-type]
+            self._registry.downloads -= 1
+        window = self._windows.pop(wire_id, None)                # type: ignore[arg-type]
+        if window is not None:
+            exchange.upload.stop()
+
+    def cancel(self, exchange: Exchange) -> None:
+        """Tell the edge that nobody waits for the answer to this one."""
+        waiting = exchange.wire_id in self._pending
+        self.forget(exchange)
+        if waiting and self._wire == 2:
+            self._send_wire(encode_wire(Kind.CANCEL, exchange.wire_id))
 
     def sweep(self, now: float, heartbeat: float) -> None:
         """Fail what is past its deadline; end the link when the edge is silent."""
         for exchange in [item for item in self._pending.values() if item.deadline < now]:
-            self.forget(exchange)
+            self.cancel(exchange)
             exchange.fail(DeadlineExceeded(
                 f"edge {self.name!r} did not answer within {now - exchange.started:.0f} s; the "
                 "request may still be running there"))
@@ -4009,8 +5057,8 @@ class EdgeLink:
 
     def on_lost(self, reason: str) -> None:
         """Fail all requests that wait; the edge is gone."""
-        waiting, self._pending = self._pending, {}
-        for exchange in waiting.values():
+        for exchange in list(self._pending.values()):
+            self.forget(exchange)
             exchange.fail(EdgeOffline(
                 f"the link to edge {self.name!r} went down while it worked on this; it may have "
                 "been done: look before you try again", headers=_retry_after(1)))
@@ -4024,6 +5072,10 @@ class EdgeLink:
         elif opcode is Opcode.CLOSE:
             code, reason = parse_close(payload)
             self.close(CloseCode.NORMAL, f"the edge closed the link ({code} {reason})")
+        elif opcode is Opcode.BINARY and self._wire == 2:
+            frame = parse_wire(payload)
+            if frame is not None:
+                self._on_wire(frame)
         elif opcode is not Opcode.PONG:
             message = parse_message(payload)
             if not self.name and message["type"] != "register":
@@ -4046,8 +5098,13 @@ class EdgeLink:
             return
         self._take_plugins(message.get("plugins"), message["edge_name"])
         self._registry.add(self, message["edge_name"])
-        if "wire" in message:                     # an older edge does not know this message
-            self.send({"type": "registered", "edge_name": self.name, "wire": WIRE_VERSION})
+        offered = message.get("wire")
+        if isinstance(offered, list):             # an older edge does not know this message
+            version = 2 if 2 in offered else 1
+            self.send({"type": "registered", "edge_name": self.name, "wire": version})
+            self._wire = version
+            if version == 2:
+                self._parser.max_message = MAX_FRAME
 
     def _on_topology(self, message: Dict[str, Any]) -> None:
         edges = message.get("edges")
@@ -4063,26 +5120,108 @@ class EdgeLink:
             self._registry.hub.publish(self.name, plugin_name, topic, message.get("data"))
 
     def _on_response(self, message: Dict[str, Any]) -> None:
-        exchange = self._pending.pop(str(message.get("req_id")), None)
-        if exchange is None or exchange.cancelled:
-            self._registry.counters.add("late_responses_total")
-            bridge_log.debug("%s: answer to a request that was given up", self.name)
+        exchange = self._take(str(message.get("req_id")))
+        if exchange is None:
             return
-        try:
+        with self._blaming(exchange):
             status, headers, body = parse_response(message)
-        except ProtocolError as error:            # the frame was in order: only this one fails
+            exchange.respond(self._make_response(status, headers, body))
+
+    def _on_wire(self, frame: WireFrame) -> None:
+        handler = self._WIRE_HANDLERS.get(frame.kind)
+        if handler is not None:
+            handler(self, frame)
+
+    def _on_answer(self, frame: WireFrame) -> None:
+        """Take a RESPONSE: whole, or the begin of one."""
+        exchange = self._pending.get(frame.stream)
+        if exchange is None or exchange.begun:
+            self._count_late()
+            return
+        with self._blaming(exchange):
+            status, headers = [*frame.head, None, None][:2]
+            fields = parse_fields_object(headers)
+            response = self._make_response(check_status(status), fields, bytes(frame.body))
+            if "content-length" in fields:
+                response.headers["content-length"] = fields["content-length"]
+            if frame.end:
+                self.forget(exchange)
+                exchange.respond(response)
+                return
+            self._begin(exchange, frame.stream, response)
+        if len(frame.body):
+            self._on_data(frame)
+
+    def _begin(self, exchange: Exchange, stream: int, response: Response) -> None:
+        status = response.status_code
+        exchange.connection.begin(exchange, response)
+        download = Download(exchange, lambda: self._registry.downloads,
+                            functools.partial(self._give_credit, stream))
+        self._downloads[stream] = download, status
+        self._registry.downloads += 1
+
+    def _give_credit(self, stream: int, credit: int) -> None:
+        self._send_wire(encode_wire_number(Kind.CREDIT, stream, credit))
+
+    def _on_data(self, frame: WireFrame) -> None:
+        exchange = self._pending.get(frame.stream)
+        download, status = self._downloads.get(frame.stream, (None, 0))
+        if exchange is None or download is None:  # its client has gone
+            return
+        if len(frame.body):
+            download.on_data(frame.body)
+        if frame.end and frame.stream in self._downloads:
+            self.forget(exchange)
+            exchange.connection.end_body(exchange, status)
+
+    def _on_credit(self, frame: WireFrame) -> None:
+        window = self._windows.get(frame.stream)
+        if window is not None:
+            window.add(frame.number)
+
+    def _on_cancel(self, frame: WireFrame) -> None:
+        exchange = self._pending.get(frame.stream)
+        if exchange is not None:
+            self.forget(exchange)
+            reason = bytes(frame.body[:200]).decode(errors="replace")
+            exchange.fail(BadGateway(f"edge {self.name!r} gave up in the middle of its answer: "
+                                     f"{reason}"))
+
+    _WIRE_HANDLERS = {Kind.RESPONSE: _on_answer, Kind.DATA: _on_data, Kind.CREDIT: _on_credit,
+                      Kind.CANCEL: _on_cancel}
+
+    def _take(self, wire_id: str) -> Optional[Exchange]:
+        exchange = self._pending.pop(wire_id, None)
+        if exchange is None:
+            self._count_late()
+        return exchange
+
+    def _count_late(self) -> None:
+        self._registry.counters.add("late_responses_total")
+        bridge_log.debug("%s: answer to a request that was given up", self.name)
+
+    @contextlib.contextmanager
+    def _blaming(self, exchange: Exchange) -> Iterator[None]:
+        """Answer the exchange when the edge's answer cannot be used: only this request fails."""
+        try:
+            yield
+        except ProtocolError as error:
+            self.cancel(exchange)
             exchange.fail(BadGateway(f"edge {self.name!r} gave an answer that makes no sense: "
                                      f"{error}"))
-            return
         except Exception:                         # ours; the exchange is in no table any more
+            self.cancel(exchange)
             exchange.fail(BadGateway(f"the answer of edge {self.name!r} could not be read"))
             raise
+
+    @staticmethod
+    def _make_response(status: int, headers: Dict[str, str], body: bytes) -> Response:
         response = Response(body, status)
         response.headers.update({name: value for name, value in headers.items()
                                  if name in _EDGE_FIELDS
                                  or name.startswith("x-") and name not in _OUR_FIELDS})
         response.headers.update([_FOREIGN_POLICY])
-        exchange.respond(response)
+        return response
 
     def _take_plugins(self, plugins: Any, edge_name: str) -> None:
         """Take the plugins' descriptions, apart from what clients do not get to see."""
@@ -4117,6 +5256,7 @@ class EdgeRegistry:
         self.unregistered: Set[EdgeLink] = set()  # connected, but not yet registered
         self.host: Optional[PluginHost] = None    # of the bridge's own plugins
         self.url = ""
+        self.downloads = 0                        # answers that are on their way in pieces
         self._told = False                        # that a change will be told soon
 
     def open(self, connection: HttpConnection, identity: Identity) -> EdgeLink:
@@ -4441,11 +5581,87 @@ class _Routes:
         connection = exchange.connection
         link = self._registry.open(connection, exchange.identity)
         rest = connection.take_over(link.on_data, link.on_lost)
+        limit_unsent(connection.channel.sock)
         connection.channel.send(encode_response_head(HTTPStatus.SWITCHING_PROTOCOLS, [
             ("Upgrade", "websocket"), ("Connection", "Upgrade"),
             ("Sec-WebSocket-Accept", accept_key(key))]))
         if rest:
             link.on_data(rest)
+
+
+class _OwnCall(Call):
+    """A client's request to a plugin that the bridge itself hosts. The exchange is the loop's."""
+
+    max_whole = MAX_WHOLE
+
+    def __init__(self, thread: LoopThread, exchange: Exchange, incoming: EdgeRequest) -> None:
+        super().__init__(incoming, BodyReader(self._on_read) if exchange.upload else None)
+        self._thread, self._exchange = thread, exchange
+        self._window, self._upload_window = SendWindow(), SendWindow()
+        self._download: Optional[Download] = None                # the loop's
+        exchange.own_call = self
+        if exchange.upload is not None:
+            exchange.upload.attach(self._feed, self._when_fed)
+
+    def respond(self, response: Response) -> None:
+        """Answer, whole."""
+        self._call(self._exchange.respond, self._protect(response))
+
+    def begin(self, response: Response) -> None:
+        """Send the status and the fields; the body follows."""
+        self._call(self._begin, self._protect(response))
+
+    def try_write(self, piece: memoryview) -> int:
+        """Send some of the body."""
+        size = self._window.take(min(len(piece), DATA_SIZE))
+        if size:
+            self._call(lambda data: self._download.on_data(data), piece[:size])
+        return size
+
+    def when_ready(self, waiter: Callable[[], None]) -> None:
+        """Call `waiter` when try_write() may take something."""
+        self._window.when_open(waiter)
+
+    def finish(self) -> None:
+        """End the body."""
+        exchange = self._exchange
+        self._call(lambda: exchange.connection.end_body(exchange, self._status))
+
+    def abort(self, error: EdgeError) -> None:
+        """Give up in the middle of the body."""
+        self._call(self._exchange.fail, error)
+
+    def cancel(self) -> None:
+        """Take notice that the client has gone."""
+        super().cancel()
+        self._window.close()
+
+    # -- inside
+
+    def _call(self, function: Callable[..., Any], *args: Any) -> None:
+        self._thread.call(lambda: self._exchange.cancelled or function(*args))
+
+    @staticmethod
+    def _protect(response: Response) -> Response:
+        response.headers.update([_FOREIGN_POLICY])
+        return response
+
+    def _begin(self, response: Response) -> None:
+        self._status = response.status_code
+        self._exchange.connection.begin(self._exchange, response)
+        self._download = Download(self._exchange, lambda: 1, self._window.add)
+
+    def _feed(self, piece: bytes, end: bool) -> int:
+        size = self._upload_window.take(len(piece))
+        if size or not piece:
+            self.reader.feed(piece[:size], end=end and size == len(piece))
+        return size
+
+    def _when_fed(self, waiter: Callable[[], None]) -> None:
+        self._upload_window.when_open(lambda: self._thread.call(waiter))
+
+    def _on_read(self, size: int) -> None:
+        self._upload_window.add(size)
 
 
 class Bridge:
@@ -4552,6 +5768,15 @@ class Bridge:
         head = RequestHead("GET", "/", 1, {})
         return Exchange(connection, head, self._request_id(head), self.loop.time())
 
+    def open_upload(self, exchange: Exchange) -> None:
+        """Let the body of a request go on to its plugin while it comes, where that is possible."""
+        try:
+            if self._takes_uploads(exchange.segments[0]):
+                exchange.upload = Upload(exchange)
+                self._proxy(exchange)
+        except EdgeError as error:
+            exchange.error = error
+
     def handle(self, exchange: Exchange) -> None:
         """Answer an exchange whose body is here, now or later."""
         try:
@@ -4579,9 +5804,11 @@ class Bridge:
                         exchange.head.path[:120], status, seconds * 1000)
 
     def on_client_gone(self, exchange: Exchange) -> None:
-        """Forget a request whose client has gone."""
+        """Cancel a request whose client has gone."""
         if exchange.link is not None:
-            exchange.link.forget(exchange)
+            exchange.link.cancel(exchange)
+        elif exchange.own_call is not None:
+            exchange.own_call.cancel()
 
     # -- proxying
 
@@ -4591,17 +5818,16 @@ class Bridge:
             raise NotFound("there is no such route; a plugin's are /EDGE/PLUGIN/ROUTE")
         target = head.target[len(head.target.split("/", 2)[1]) + 1:]
         headers = self._forwarded_fields(exchange)
-        exchange.deadline = self.loop.time() + self._timeout_of(head)
+        exchange.timeout = self._timeout_of(head)
+        exchange.on_progress()
         if name == BRIDGE_NAME:
             incoming = EdgeRequest(exchange.request_id, head.method, target, headers, exchange.body)
-            self._host.dispatch(incoming, lambda response: self._thread.call(
-                self._on_own_response, exchange, response))
+            self._host.dispatch(_OwnCall(self._thread, exchange, incoming))
         else:
             self._registry.find(name).forward(exchange, target, headers)
 
-    def _on_own_response(self, exchange: Exchange, response: Response) -> None:
-        response.headers.update([_FOREIGN_POLICY])
-        exchange.respond(response)
+    def _takes_uploads(self, name: str) -> bool:
+        return name == BRIDGE_NAME or self._registry.find(name).takes_uploads
 
     def _forwarded_fields(self, exchange: Exchange) -> Dict[str, str]:
         fields = exchange.head.fields
@@ -4609,6 +5835,8 @@ class Bridge:
         headers = {name: value for name, value in fields.items()
                    if name not in _KEPT_BACK and not name.startswith("x-forwarded-")
                    and name not in dropped}
+        if exchange.upload is not None and exchange.head.length is not None:
+            headers["content-length"] = str(exchange.head.length)
         headers["x-request-id"] = exchange.request_id
         headers["x-forwarded-user"] = exchange.identity.name
         headers["x-forwarded-scope"] = exchange.identity.scope.value
