@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 from radical_edge import (Conflict, NotFound, NotInstalled, Plugin, PluginClient, PluginSession,
-                          Request, Unavailable, Unprocessable, write_private)
+                          Request, Unavailable, Unprocessable, repeatable, write_private)
 
 __all__ = ["LocalExecutor", "PSIJClient", "PSIJSession", "PluginPSIJ", "PluginSysInfo",
            "SysInfoClient", "SysInfoProvider", "SysInfoSession"]
@@ -1048,6 +1048,13 @@ class LocalExecutor:
         except asyncio.TimeoutError:
             raise Unavailable("the job was told to end and has not yet: look again") from None
 
+    @staticmethod
+    async def never_ran(job: Job) -> bool:
+        """Whether the edge was killed before the job began: it may be started anew."""
+        path = job.folder / "claim"               # empty: the edge's own, so that nobody begins it
+        return job.is_final and await asyncio.to_thread(
+            lambda: path.exists() and path.stat().st_size == 0)
+
     async def forget(self, job: Job) -> None:
         """Delete a finished job's directory."""
         if job.is_final and self.jobs.pop(job.job_id, None) is not None:
@@ -1059,6 +1066,7 @@ class LocalExecutor:
         """Write down what is to run, before it runs. Blocks."""
         run = make_local_run(job.spec, job.stdout, job.stderr)
         job.stdout, job.stderr = Path(run["stdout"]), Path(run["stderr"])
+        shutil.rmtree(job.folder, True)           # of the same job, if it never ran
         job.folder.mkdir(parents=True, mode=0o700)
         write_private(job.folder / "job.json", json.dumps(
             {"job_id": job.job_id, "sid": job.sid, "spec": job.spec, "submitted": job.time,
@@ -1329,6 +1337,11 @@ class BatchExecutors:
         except Exception as error:
             raise Unavailable(f"{job.executor} did not cancel the job: {error}") from None
 
+    @staticmethod
+    async def never_ran(job: Job) -> bool:
+        """Nobody knows: the scheduler may have got the job. So it is not submitted again."""
+        return False
+
     async def forget(self, job: Job) -> None:
         """Delete what is stored of a finished job."""
         if job.is_final and self.jobs.pop(job.job_id, None) is not None:
@@ -1456,13 +1469,20 @@ class PSIJSession(PluginSession):
         """A session with live jobs does not expire."""
         return any(job.state not in ENDED_STATES for job in self._jobs.values())
 
-    async def submit_job(self, job_spec_dict: Dict[str, Any],
-                         executor_name: str = "local") -> Dict[str, Any]:
-        """Start a job; return {"job_id", "native_id"}. Raises Unprocessable or NotInstalled."""
+    async def submit_job(self, job_spec_dict: Dict[str, Any], executor_name: str = "local",
+                         key: Optional[str] = None) -> Dict[str, Any]:
+        """Start a job; return {"job_id", "native_id"}. Raises Unprocessable or NotInstalled.
+
+        key: what the client calls this job; a second submission of the same runs it no second time,
+        even when the edge was killed in between.
+        """
         self._check_active()
         spec = parse_job_spec(job_spec_dict)
         executor = await self._plugin.executor(executor_name)
-        job_id = str(uuid.uuid4())
+        job_id = str(uuid.uuid5(uuid.UUID(int=0), f"{self.sid} {key}") if key else uuid.uuid4())
+        known = self._jobs.get(job_id)
+        if known is not None and not await executor.never_ran(known):
+            return {"job_id": job_id, "native_id": known.native_id}
         job = Job(job_id, self.sid, executor_name, spec, self._plugin.jobs_dir / job_id)
         job.on_change = self._on_change
         self._jobs[job_id] = job
@@ -1530,7 +1550,8 @@ class PSIJSession(PluginSession):
             job, change = await self._changes.get()
             stdout, stderr = [await asyncio.to_thread(read_tail, path)
                               for path in (job.stdout, job.stderr)]
-            self.notify("job_status", {**change, "stdout": stdout, "stderr": stderr})
+            told = {**change, "stdout": stdout, "stderr": stderr}
+            await self._plugin.send_notification("job_status", told)     # safe from now on
             if change["state"] in FINAL_STATES:
                 with contextlib.suppress(OSError):               # its directory may be gone
                     await asyncio.to_thread(_told_path(job).touch)
@@ -1658,6 +1679,7 @@ class PluginPSIJ(Plugin):
         local, batch = await self.executors()
         return local if name == "local" else batch
 
+    @repeatable
     async def submit_job(self, request: Request) -> Any:
         """Start a job of {"job_spec", "executor"}; answer {"job_id", "native_id"}."""
         body = await request.json_object()
@@ -1665,7 +1687,8 @@ class PluginPSIJ(Plugin):
             if name not in ("job_spec", "executor"):
                 raise Unprocessable(f"{name}: there is no such field; send job_spec and executor")
         return await self._forward(request.path_params["sid"], PSIJSession.submit_job,
-                                   body.get("job_spec"), body.get("executor", "local"))
+                                   body.get("job_spec"), body.get("executor", "local"),
+                                   request.idempotency_key)
 
     async def get_job_status(self, request: Request) -> Any:
         """Answer a job's state, and its output from ?stdout_offset and ?stderr_offset on."""

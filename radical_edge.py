@@ -89,7 +89,8 @@ __all__ = [
     "MethodNotAllowed", "NotFound", "NotInstalled", "Plugin", "PluginClient", "PluginHost",
     "PluginSession", "ProtocolError", "Request", "Response", "StreamingResponse", "TokenStore",
     "TooManyRequests", "Unauthorized", "Unavailable", "Unprocessable", "call", "delete", "events",
-    "get", "list_edges", "list_plugins", "main", "plugin", "post", "put", "write_private",
+    "get", "list_edges", "list_plugins", "main", "plugin", "post", "put", "repeatable",
+    "write_private",
 ]
 
 log = logging.getLogger("radical_edge")
@@ -109,19 +110,24 @@ MAX_BODY = 64 * 1024 * 1024    # bytes of a body, which wire version 1 holds in 
 MAX_OWN_BODY = 64 * 1024       # bytes of a body for the bridge itself, which asks no token of some
 MAX_MESSAGE = 96 * 1024 * 1024  # bytes of a WebSocket message: a base64 body and its surroundings
 MAX_LINK_BUFFER = 128 * 1024 * 1024  # bytes waiting to be sent to one edge; more is a stuck link
-MAX_SUBSCRIBER_BUFFER = 4 * 1024 * 1024  # bytes waiting for one subscriber before it is cut off
 MAX_PIPELINED = 64 * 1024      # bytes read ahead of the request that is being answered
-MAX_EVENTS = 10_000            # events kept for subscribers that come back
-MAX_EVENT_BYTES = 16 * 1024 * 1024   # bytes of the events kept
-MAX_UNSENT_EVENTS = 10_000     # notifications an edge keeps while its link is down
+MAX_EVENTS = 50_000            # events kept for subscribers that are slow or come back
+MAX_EVENT_BYTES = 48 * 1024 * 1024   # bytes of the events kept
+MAX_UNSENT_EVENTS = 20_000     # notifications an edge keeps until all its bridges have them
+MAX_UNSENT_BYTES = 24 * 1024 * 1024  # bytes of them
+NOTIFY_WINDOW = 256            # notifications on their way: a reply does not queue behind more
+SUBSCRIBER_SLICE = 200         # subscribers served in one turn of the loop
 MAX_NOTIFICATION = 1024 * 1024  # bytes of one notification
 MAX_OPENING = 512              # connections in their handshake or first request, a thread each
 MAX_CONNECTIONS = 16_384       # open client connections
 MAX_PENDING = 8192             # requests waiting for one edge
+MAX_ONCE = 20_000              # answers kept for retries
+MAX_ONCE_BYTES = 24 * 1024 * 1024    # bytes of them
 MAX_WORKERS = 64               # threads that run one plugin's plain `def` handlers
 MAX_EXPIRED = 4096             # expired session ids remembered, so that they are 410 and not 404
 MAX_PRIVATE_FILE = 1024 * 1024  # bytes of a token or state file
 READ_SIZE = 64 * 1024          # bytes asked of a socket at once; more costs page faults
+MAX_RECORD = 16 * 1024         # bytes in a TLS record (RFC 8446, section 5.1)
 DATA_SIZE = 64 * 1024          # bytes of a body in one frame of wire version 2
 INITIAL_WINDOW = 64 * 1024     # bytes of a body that may be sent before the peer gives credit
 MAX_WINDOW = 1024 * 1024       # bytes on their way in one stream that is read fast
@@ -141,6 +147,8 @@ KEEP_ALIVE_S = 120.0           # an idle client connection
 REQUEST_S = 600.0              # a proxied request; see --request-timeout, X-Request-Timeout
 HEARTBEAT_S = 15.0             # event streams and links; common proxies drop what is idle for 60 s
 LINK_DEAD = 2                  # missed heartbeats that end a link
+ONCE_S = 24 * 3600.0           # an answer is kept so long for a retry with its Idempotency-Key
+GRACE_S = 10.0                 # requests wait so long for an edge that has lost its link
 BACKOFF_S = (0.25, 30.0)       # first and longest pause between an edge's attempts to connect
 STOP_S = 2.5                   # a clean end; what still runs then is left behind
 TOPOLOGY_S = 0.05              # changes within so long are told in one message
@@ -1515,6 +1523,7 @@ class Channel:
         self._reading = self._writing = False     # the loop's: what the selector watches
         self._flushing = False                    # the loop's: see send_soon()
         self.sent = 0                             # bytes in all; guarded by _lock
+        self.room = LINK_ROOM                     # unsent bytes up to which has_room; set once
 
     @property
     def sock(self) -> socket.socket:
@@ -1552,12 +1561,12 @@ class Channel:
     @property
     def has_room(self) -> bool:
         """Whether what can wait, such as bodies and notifications, may be sent now."""
-        return self._unsent_size < LINK_ROOM
+        return self._unsent_size < self.room
 
     def when_room(self, waiter: Callable[[], None]) -> None:
         """Call `waiter` on the loop, once, when has_room is or becomes true, or at the close."""
         with self._lock:
-            if self._unsent_size >= LINK_ROOM:
+            if self._unsent_size >= self.room:
                 self._room_waiters.append(waiter)
                 return
         self._call_on_loop(waiter)
@@ -1656,11 +1665,23 @@ class Channel:
                 if self._closed:
                     return b"", None
                 data = self._sock.recv(READ_SIZE)
+                if self._is_tls and len(data) == MAX_RECORD:
+                    data += self._recv_records_locked()
         except _WOULD_BLOCK:
             return b"", None
         except OSError as error:
             return b"", str(error)
         return data, None if data else "the peer closed the connection"
+
+    def _recv_records_locked(self) -> bytes:
+        """Return what further full records hold: under TLS, recv() gives one at a time."""
+        pieces = []
+        with contextlib.suppress(OSError):           # an error comes again
+            while len(pieces) < READ_SIZE // MAX_RECORD - 1:
+                pieces.append(self._sock.recv(READ_SIZE))
+                if len(pieces[-1]) < MAX_RECORD:
+                    break
+        return b"".join(pieces)
 
     def _flush_soon(self) -> None:
         self._flushing = False
@@ -2389,51 +2410,491 @@ def default_token() -> Optional[str]:
 
 
 # ---------------------------------------------------------------------------
-# 9. State of a bridge that more than one part uses: events, counters. The loop owns it all.
+# 9. State that outlives a process, and counters. Files are only ever appended to or replaced, which
+#    is safe on NFS and Lustre; nothing here knows of links or requests.
 # ---------------------------------------------------------------------------
 
-class LoggedEvent(NamedTuple):
-    """A notification as every subscriber gets it. `chunk` is the event, chunked and encoded."""
-    id: int
-    edge: str
-    plugin: str
-    topic: str
-    chunk: bytes
+state_log = logging.getLogger("radical_edge.state")
+
+
+class Record(NamedTuple):
+    """An entry of a journal: its number, a few JSON values, and a body, which is JSON text."""
+    number: int
+    head: List[Any]
+    body: bytes
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it takes in memory."""
+        return len(self.body) + 400
+
+
+class Journal:
+    """Numbered records, in memory and in files, for those who come after this process.
+
+    The numbers are consecutive, go on after a restart, and begin at the milliseconds since the
+    epoch, so that they do not go back even when the files are lost. The oldest records go when
+    there are too many. Any thread may call; a thread of the journal's own writes, for a disk may be
+    slow. What was written survives kill -9 of the process, not a power cut: nothing is synced.
+    A full disk is logged; records then live in memory alone until there is room again.
+    """
+
+    SEGMENT = 1024 * 1024      # bytes; a file is deleted when none of its records is needed
+    RETRY_S = 1.0              # between attempts to write to a full disk
+
+    def __init__(self, folder: Path, *, max_records: int, max_bytes: int,
+                 on_written: Callable[[int], None] = lambda number: None) -> None:
+        self._folder, self._on_written = folder, on_written
+        self._max_records, self._max_bytes = max_records, max_bytes
+        self._lock = threading.Condition()
+        self._records: List[Optional[Record]] = []               # guarded by _lock; None: damaged
+        self._first = self._next = time.time_ns() // 1_000_000   # guarded by _lock
+        self._size = 0                            # guarded by _lock; of the records
+        self._unwritten: List[Record] = []        # guarded by _lock
+        self._waiters: Deque[Tuple[int, Callable[[], None]]] = collections.deque()   # likewise
+        self._written = 0                         # guarded by _lock; the last number on disk
+        self._closing = False                     # guarded by _lock
+        self.dropped = 0                          # records that were too many; guarded by _lock
+        self._thread: Optional[threading.Thread] = None
+        # of the journal's thread: the file being written, its size, and all files by first number
+        self._descriptor, self._length = -1, 0
+        self._segments: List[Tuple[int, Path]] = []
+
+    def open(self) -> None:
+        """Read what earlier processes left, and begin to write. Blocks."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            paths = sorted(path for path in self._folder.glob("*.log") if path.stem.isdigit())
+        except OSError as error:
+            state_log.error("%s: cannot be read, so that nothing is kept: %s", self._folder, error)
+            paths = []
+        for path in paths:
+            self._segments.append((int(path.stem), path))
+            self._load(path)
+        self._written = self._next - 1
+        self._drop_oldest_locked()
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Write what is left and end the thread; a disk that hangs is left alone."""
+        with self._lock:
+            self._closing = True
+            self._lock.notify()
+        if self._thread is not None:
+            self._thread.join(STOP_S)
+
+    @property
+    def first(self) -> int:
+        """The number of the oldest record that is kept."""
+        return self._first
+
+    @property
+    def last(self) -> int:
+        """The number of the newest record."""
+        return self._next - 1
+
+    def append(self, head: List[Any], body: bytes) -> Record:
+        """Add a record; it is on disk soon."""
+        with self._lock:
+            record = Record(self._next, head, body)
+            self._add_locked(record)
+            self._unwritten.append(record)
+            self._drop_oldest_locked()
+            self._lock.notify()
+        return record
+
+    def get(self, number: int) -> Optional[Record]:
+        """Return a record; None when it is gone or not there yet."""
+        with self._lock:
+            index = number - self._next + len(self._records)
+            return self._records[index] if self._first <= number < self._next else None
+
+    def drop_until(self, number: int) -> None:
+        """Forget the records up to `number`."""
+        with self._lock:
+            while self._first <= number and self._first < self._next:
+                self._forget_first_locked()
+            self._lock.notify()
+
+    def when_written(self, number: int, waiter: Callable[[], None]) -> None:
+        """Call `waiter` once the record is safe, perhaps at once, else on the journal's thread."""
+        with self._lock:
+            if number > self._written:
+                self._waiters.append((number, waiter))
+                return
+        waiter()
+
+    # -- the records in memory
+
+    def _add_locked(self, record: Record) -> None:
+        self._records.append(record)
+        self._size += record.size
+        self._next = record.number + 1
+
+    def _drop_oldest_locked(self) -> None:
+        while self._next - self._first > self._max_records or self._size > self._max_bytes:
+            self._forget_first_locked()
+            self.dropped += 1
+
+    def _forget_first_locked(self) -> None:
+        index = self._first - self._next + len(self._records)
+        record, self._records[index] = self._records[index], None
+        self._size -= record.size if record is not None else 0
+        self._first += 1
+        if index >= 1000 and index * 2 > len(self._records):     # not a move for each record
+            del self._records[:index + 1]
+
+    def _skip_to_locked(self, number: int) -> None:
+        """Make `number` the next one, although numbers are missing before it."""
+        if not self._records or number - self._next > self._max_records:
+            self._records.clear()
+            self._size, self._first, self._next = 0, number, number
+        while self._next < number:
+            self._records.append(None)
+            self._next += 1
+
+    # -- files
+
+    def _load(self, path: Path) -> None:
+        if int(path.stem) > self._next or not self._records:
+            self._skip_to_locked(int(path.stem))
+        try:
+            lines = path.read_bytes().split(b"\n")[:-1]          # after the last LF: half a record
+        except OSError as error:
+            state_log.error("%s: cannot be read: %s", path, error)
+            return
+        for line in lines:
+            record = self._parse(line)
+            if record is None or record.number < self._next:
+                state_log.error("%s: a damaged record is left out", path)
+                continue
+            self._skip_to_locked(record.number)
+            self._add_locked(record)
+
+    @staticmethod
+    def _parse(line: bytes) -> Optional[Record]:
+        head, _, body = line.partition(b"\t")
+        try:
+            number, *rest = _parse_json(head.decode())
+            return Record(int(number), rest, body) if body else None
+        except (ValueError, TypeError):
+            return None
+
+    @staticmethod
+    def _encode(record: Record) -> bytes:
+        return b"%b\t%b\n" % (encode_json([record.number, *record.head]).encode(), record.body)
+
+    def _run(self) -> None:
+        failed: List[Record] = []
+        while True:
+            with self._lock:
+                if not self._unwritten and not self._closing:
+                    self._lock.wait(self.RETRY_S if failed else None)
+                records, self._unwritten = self._unwritten, []
+                closing, first = self._closing and not records, self._first
+            failed = self._write([item for item in failed if item.number >= first] + records)
+            self._delete_segments(first)
+            self._tell(records)
+            if closing:
+                break
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    def _write(self, records: List[Record]) -> List[Record]:
+        """Append records to the file; return those that could not be written."""
+        if not records:
+            return []
+        try:
+            if self._descriptor < 0 or self._length > self.SEGMENT:
+                self._open_segment(records[0].number)
+            data = b"".join(map(self._encode, records))
+            sent = os.write(self._descriptor, data)
+            if sent < len(data):                  # the rest tells why
+                os.write(self._descriptor, data[sent:])
+            self._length += len(data)
+            return []
+        except OSError as error:
+            state_log.error("%s: cannot be written, so that it is lost if this process dies: %s",
+                            self._folder, error)
+            self._undo()
+            return records
+
+    def _open_segment(self, number: int) -> None:
+        path = self._folder / f"{number:020d}.log"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor, self._length = descriptor, 0
+        self._segments.append((number, path))
+
+    def _undo(self) -> None:
+        """Cut off half a record, which would damage the next one."""
+        if self._descriptor < 0:
+            return
+        try:
+            os.ftruncate(self._descriptor, self._length)
+        except OSError:
+            os.close(self._descriptor)            # the next record gets a new file
+            self._descriptor = -1
+
+    def _delete_segments(self, first: int) -> None:
+        # the last file stays: it tells the numbers that were used
+        while len(self._segments) > 1 and self._segments[1][0] <= first:
+            with contextlib.suppress(OSError):
+                os.unlink(self._segments[0][1])
+            del self._segments[0]
+
+    def _tell(self, records: List[Record]) -> None:
+        if not records:
+            return
+        with self._lock:
+            self._written = records[-1].number
+            ready = []
+            while self._waiters and self._waiters[0][0] <= self._written:
+                ready.append(self._waiters.popleft()[1])
+        for waiter in ready:
+            waiter()
+        self._on_written(self._written)
+
+
+class StateLock:
+    """Keeps a state directory to one process, in a way that is safe on NFS: no advisory locks.
+
+    The file `lock` is made by link(), which either succeeds or does not, and names its owner, who
+    touches it every BEAT_S. On this host the owner's process tells whether it lives; on another
+    one, whether the file is still being touched. A stopped process (SIGSTOP) of this host is
+    killed: were it to go on later, two would write. An owner whose lock was taken finds out at its
+    next touch, and calls `on_lost`.
+    """
+
+    BEAT_S = 5.0
+    STALE_S = 30.0             # without a touch, the owner on another host is taken for dead
+
+    def __init__(self, folder: Path, on_lost: Callable[[], None]) -> None:
+        self._path, self._on_lost = folder / "lock", on_lost
+        self._owner = {"host": socket.gethostname(), "pid": os.getpid(),
+                       "started": process_start(os.getpid()), "key": secrets.token_hex(8)}
+        self._text = encode_json(self._owner)
+        self._ended = threading.Event()
+        self._thread: Optional[threading.Thread] = None
+
+    def acquire(self) -> None:
+        """Take the lock. Blocks. Raises Conflict when another process has the directory."""
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for _ in range(3):                        # again when a stale one was cleared away
+            if self._try_to_make():
+                self._thread = threading.Thread(target=self._beat, name="state-lock", daemon=True)
+                self._thread.start()
+                return
+            self._clear_stale()
+        raise Conflict(f"{self._path.parent} is being taken by another process at this moment")
+
+    def release(self) -> None:
+        """Give the directory back."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join(STOP_S)
+            if self._read() == self._text:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._path)
+
+    def _try_to_make(self) -> bool:
+        temporary = self._path.with_name(f".lock.{self._owner['key']}")
+        temporary.write_text(self._text, encoding="utf-8")
+        try:
+            os.link(temporary, self._path)
+            return True
+        except FileExistsError:
+            return False
+        except OSError:                           # a file system without hard links
+            return self._try_to_create()
+        finally:
+            os.unlink(temporary)
+
+    def _try_to_create(self) -> bool:
+        try:
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return False
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(self._text)
+        return True
+
+    def _clear_stale(self) -> None:
+        """Remove the lock of a process that is gone. Raises Conflict when it is not."""
+        text = self._read()
+        if text is None:
+            return
+        try:
+            owner = json.loads(text)
+            host, pid, started = str(owner["host"]), int(owner["pid"]), int(owner["started"])
+        except (ValueError, KeyError, TypeError):
+            host, pid, started = "", 0, 0         # half written, by what was killed: age decides
+        if not self._is_dead(host, pid, started):
+            raise Conflict(f"{self._path.parent} belongs to process {pid} on {host or '?'}: end "
+                           "that one, or take another --name or --state")
+        # whoever renames it away has cleared it; if it was a new one by now, it is put back
+        taken = self._path.with_name(f".lock.stale.{self._owner['key']}")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self._path, taken)
+            if taken.read_text(encoding="utf-8", errors="replace") != text:
+                with contextlib.suppress(OSError):
+                    os.link(taken, self._path)
+            os.unlink(taken)
+
+    def _is_dead(self, host: str, pid: int, started: int) -> bool:
+        if host != self._owner["host"]:
+            return self._age() > self.STALE_S
+        if pid == os.getpid() or process_start(pid) != started:
+            return pid != os.getpid()
+        if not is_stopped(pid):
+            return False
+        state_log.warning("%s belonged to process %d, which is stopped: it is killed", self._path,
+                          pid)
+        os.kill(pid, signal.SIGKILL)
+        return True
+
+    def _age(self) -> float:
+        """Return the seconds since the lock was touched, by the clock of the file's server."""
+        probe = self._path.with_name(f".lock.now.{self._owner['key']}")
+        try:
+            probe.touch()
+            return os.stat(probe).st_mtime - os.stat(self._path).st_mtime
+        except OSError:
+            return 0.0
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(probe)
+
+    def _read(self) -> Optional[str]:
+        try:
+            return self._path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self.BEAT_S):
+            text = self._read()
+            if text is not None and text != self._text:
+                state_log.error("%s was taken by another process: this one ends", self._path)
+                self._on_lost()
+                return
+            with contextlib.suppress(OSError):    # a disk that is away may come back
+                os.utime(self._path)
+
+
+def process_start(pid: int) -> int:
+    """Return when a process was started, in clock ticks; 0 when it is gone, 1 if it can't be known.
+
+    With the pid it names a process for good: pids are used again.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return int(file.read().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        pass
+    if os.path.isdir("/proc/self"):
+        return 0
+    try:                                          # a system without /proc
+        os.kill(pid, 0)
+        return 1
+    except OSError:
+        return 0
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process was stopped by a signal (SIGSTOP, Ctrl-Z)."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] in ("T", "t")
+    except (OSError, IndexError):
+        return False
 
 
 class EventLog:
-    """Numbers events and keeps the latest, bounded by count and bytes.
+    """Notifications as subscribers get them, numbered and kept in a journal. On the loop.
 
-    Numbers start at the milliseconds since the epoch, so that they do not go back when a bridge is
-    started again.
+    An event's number is its id. A record's head is [edge, plugin, topic, instance, number there].
     """
 
-    def __init__(self, max_events: int = MAX_EVENTS, max_bytes: int = MAX_EVENT_BYTES) -> None:
-        self._max_events, self._max_bytes = max_events, max_bytes
-        self._events: Deque[LoggedEvent] = collections.deque()
-        self._size = 0
-        self.last_id = time.time_ns() // 1_000_000
+    BATCH = 64 * 1024          # bytes of events that are sent to a subscriber at once
 
-    def append(self, edge: str, plugin: str, topic: str, data: Any) -> LoggedEvent:
-        """Return the next event, which is kept until it is the oldest of too many."""
-        self.last_id += 1
-        value = {"topic": "notification",
-                 "data": {"edge": edge, "plugin": plugin, "topic": topic, "data": data}}
-        chunk = encode_chunk(encode_event(encode_json(value), self.last_id))
-        event = LoggedEvent(self.last_id, edge, plugin, topic, chunk)
-        self._events.append(event)
-        self._size += len(chunk)
-        while len(self._events) > self._max_events or self._size > self._max_bytes:
-            self._size -= len(self._events.popleft().chunk)
-        return event
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        # the last notification by (edge, instance), so that what is sent again is not told again
+        self._seen: "collections.OrderedDict[Tuple[str, str], int]" = collections.OrderedDict()
+        self._batches: Dict[Tuple[int, Tuple[str, str, str]], Tuple[int, bytes]] = {}
 
-    def since(self, event_id: int) -> Tuple[Optional[Dict[str, int]], List[LoggedEvent]]:
-        """Return (gap, events) after `event_id`; gap is {"from", "to"} of what is gone, or None."""
-        first = self._events[0].id if self._events else self.last_id + 1
-        gap = {"from": event_id + 1, "to": first - 1} if event_id + 1 < first else None
+    def open(self) -> None:
+        """Take over what an earlier process has kept. Blocks."""
+        self._journal.open()
+        for number in range(self._journal.first, self._journal.last + 1):
+            record = self._journal.get(number)
+            if record is not None and len(record.head) == 5:
+                edge, _, _, instance, count = record.head
+                self._remember(str(edge), str(instance), int(count or 0))
+
+    @property
+    def first_id(self) -> int:
+        """The id of the oldest event that is kept."""
+        return self._journal.first
+
+    @property
+    def last_id(self) -> int:
+        """The id of the newest event."""
+        return self._journal.last
+
+    def seen(self, edge: str, instance: str) -> int:
+        """Return the number of the last notification that came from an instance of an edge."""
+        return self._seen.get((edge, instance), 0)
+
+    def append(self, edge: str, plugin_name: str, topic: str, data: Any, *, instance: str = "",
+               number: int = 0) -> int:
+        """Add a notification; return its id. `number`: what its edge counts it as."""
+        value = {"edge": edge, "plugin": plugin_name, "topic": topic, "data": data}
+        if number:
+            value["number"] = number
+            self._remember(edge, instance, number)
+        text = encode_json({"topic": "notification", "data": value})
+        self._batches.clear()
+        return self._journal.append([edge, plugin_name, topic, instance, number],
+                                    text.encode(errors="replace")).number
+
+    def gap_after(self, event_id: int) -> Optional[Dict[str, int]]:
+        """Return {"from", "to"} of the events after `event_id` that are gone, or None."""
         if event_id > self.last_id:               # not a number of ours: all we can say is that
-            return {"from": event_id, "to": self.last_id}, []
-        return gap, [event for event in self._events if event.id > event_id]
+            return {"from": event_id, "to": self.last_id}
+        first = self.first_id
+        return {"from": event_id + 1, "to": first - 1} if event_id + 1 < first else None
+
+    def batch(self, after: int, wanted: Tuple[str, str, str]) -> Tuple[int, bytes]:
+        """Return (id of the last event looked at, encoded events) of some events after an id.
+
+        wanted: edge, plugin and topic, "" for any. Subscribers that are equally far share it.
+        """
+        key = (after, wanted)
+        if key not in self._batches:
+            self._batches[key] = self._make_batch(after, wanted)
+        return self._batches[key]
+
+    def _make_batch(self, after: int, wanted: Tuple[str, str, str]) -> Tuple[int, bytes]:
+        pieces, size, number = [], 0, after
+        while number < self.last_id and size < self.BATCH:
+            number += 1
+            record = self._journal.get(number)
+            if record is None or any(part and part != found
+                                     for part, found in zip(wanted, record.head)):
+                continue
+            pieces.append(b"id: %d\ndata: %b\n\n" % (number, record.body))
+            size += len(pieces[-1])
+        return number, b"".join(pieces)
+
+    def _remember(self, edge: str, instance: str, number: int) -> None:
+        self._seen[edge, instance] = number
+        self._seen.move_to_end((edge, instance))
+        if len(self._seen) > MAX_EXPIRED:
+            self._seen.popitem(last=False)
 
 
 class Counters:
@@ -2575,6 +3036,11 @@ class Request:
         self.request_id = self.headers.get("x-request-id", "-")
         self._body, self._reader = body, reader
         self._query_params: Optional[Dict[str, str]] = None
+
+    @property
+    def idempotency_key(self) -> Optional[str]:
+        """What the client calls this request, so that a retry of it is known to be one."""
+        return self.headers.get("idempotency-key")
 
     @property
     def query_params(self) -> Dict[str, str]:
@@ -2933,6 +3399,15 @@ put = _route_decorator("PUT")
 delete = _route_decorator("DELETE")
 
 
+def repeatable(function: Any) -> Any:
+    """Mark a POST handler that may be run again for the same request.idempotency_key.
+
+    It must find out by itself what it did before it was killed, and do only the rest.
+    """
+    function.radical_edge_repeatable = True
+    return function
+
+
 def plugin(name: str) -> Callable[[Type["Plugin"]], Type["Plugin"]]:
     """Register the decorated Plugin subclass under `name`, which becomes its plugin_name."""
     def register(cls: Type["Plugin"]) -> Type["Plugin"]:
@@ -3141,8 +3616,10 @@ class Plugin:
         self._app.state.edge_service.notify(self._instance_name, topic, data)
 
     async def send_notification(self, topic: str, data: Dict[str, Any]) -> None:
-        """Send a notification to all subscribers."""
-        self._dispatch_notify(topic, data)
+        """Send a notification to all subscribers; return once it will survive this process."""
+        when_safe = self._app.state.edge_service.notify(self._instance_name, topic, data)
+        if when_safe is not None:
+            await wait_for_async(when_safe)
 
     # -- the routes that every plugin has
 
@@ -3450,6 +3927,9 @@ def select_plugins(wanted: Optional[Iterable[str]]) -> List[str]:
     return list(dict.fromkeys(selected))
 
 
+WhenSafe = Callable[[Callable[[], None]], None]
+
+
 class Call:
     """One request at a host: its body comes in, its answer goes out. Any thread.
 
@@ -3511,6 +3991,178 @@ class Call:
             callback()
 
 
+class _OnceCall(Call):
+    """A request with an Idempotency-Key: its answer is recorded before it is sent.
+
+    Nobody can cancel it, for the client may ask for the answer later.
+    """
+
+    def __init__(self, call_: Call, record: Callable[[Response, Callable[[], None]], None]) -> None:
+        super().__init__(call_.incoming, call_.reader)
+        self._call, self._record = call_, record
+        self.max_whole = call_.max_whole
+
+    def respond(self, response: Response) -> None:
+        """Record the answer, then send it."""
+        self._record(response, lambda: self._call.respond(response))
+
+    def begin(self, response: Response) -> None:
+        """Begin an answer in pieces, which cannot be recorded: a retry is told so."""
+        lost = Conflict("this request was done, but its answer is too long to be kept")
+        self._record(error_response(lost), lambda: None)
+        self._call.begin(response)
+
+    def try_write(self, piece: memoryview) -> int:
+        """Send some of the body."""
+        return self._call.try_write(piece)
+
+    def when_ready(self, waiter: Callable[[], None]) -> None:
+        """Call `waiter` when try_write() may take something."""
+        self._call.when_ready(waiter)
+
+    def finish(self) -> None:
+        """End the body."""
+        self._call.finish()
+
+    def abort(self, error: EdgeError) -> None:
+        """Give up in the middle of the body."""
+        self._call.abort(error)
+
+
+class _OnceEntry:
+    """What is known of an Idempotency-Key. OnceStore's lock guards it."""
+
+    __slots__ = ("fingerprint", "number", "response", "waiting")
+
+    def __init__(self, fingerprint: str, number: int) -> None:
+        self.fingerprint, self.number = fingerprint, number
+        self.response: Optional[Response] = None  # None: not done
+        # retries that wait for the answer; None: it was begun by a process that has ended
+        self.waiting: Optional[List[Call]] = []
+
+
+class OnceStore:
+    """Runs a request with an Idempotency-Key once, and gives a retry the recorded answer.
+
+    That is kept for ONCE_S, across restarts, MAX_ONCE of them at most. An answer that says "not
+    now" is not recorded, for a retry is what it asks for. A request that a killed process had begun
+    is a 409, as it may have been done, unless its handler is @repeatable. (The header field is that
+    of the IETF draft "The Idempotency-Key HTTP Header Field".)
+    """
+
+    NOT_NOW = frozenset((408, 429, 503))
+
+    def __init__(self, folder: Path) -> None:
+        self._journal = Journal(folder, max_records=2 * MAX_ONCE, max_bytes=MAX_ONCE_BYTES)
+        self._lock = threading.Lock()
+        # by key, the oldest first; guarded by _lock
+        self._entries: "collections.OrderedDict[str, _OnceEntry]" = collections.OrderedDict()
+
+    def open(self) -> None:
+        """Take over what an earlier process has recorded. Blocks."""
+        self._journal.open()
+        oldest = time.time() - ONCE_S
+        for number in range(self._journal.first, self._journal.last + 1):
+            record = self._journal.get(number)
+            if record is not None and len(record.head) == 3 and record.head[2] > oldest:
+                self._restore(record)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._journal.close()
+
+    def run(self, call_: Call, repeatable: bool, start: Callable[[Call], None]) -> None:
+        """Call `start` for a new request; answer one that was answered before.
+
+        Raises Unprocessable when the key was used for another request, and Conflict when nobody
+        knows whether the request was done.
+        """
+        incoming = call_.incoming
+        key = _digest(f"{incoming.headers.get('x-forwarded-user')} "
+                      f"{incoming.headers['idempotency-key']}")
+        fingerprint = _digest(f"{incoming.method} {incoming.target} ") + \
+            hashlib.sha256(incoming.body).hexdigest()
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None or entry.waiting is None and entry.response is None and repeatable:
+                entry = self._begin_locked(key, fingerprint)
+            else:
+                self._check(entry, fingerprint)
+                if entry.response is None:
+                    entry.waiting.append(call_)
+                    return
+        if entry.response is not None:
+            call_.respond(self._copy(entry.response))
+            return
+        outer = _OnceCall(call_, functools.partial(self._record, key, entry))
+        self._journal.when_written(entry.number, lambda: start(outer))
+
+    # -- inside
+
+    def _begin_locked(self, key: str, fingerprint: str) -> _OnceEntry:
+        number = self._journal.append([key, fingerprint, int(time.time())], b"null").number
+        entry = self._entries[key] = _OnceEntry(fingerprint, number)
+        self._entries.move_to_end(key)
+        while len(self._entries) > MAX_ONCE:
+            self._journal.drop_until(self._entries.popitem(last=False)[1].number)
+        return entry
+
+    @staticmethod
+    def _check(entry: _OnceEntry, fingerprint: str) -> None:
+        if entry.fingerprint != fingerprint:
+            raise Unprocessable("Idempotency-Key: it was used for another request: take a new one")
+        if entry.response is None and entry.waiting is None:
+            raise Conflict("the edge was restarted while it worked on this: it may have been done; "
+                           "look, and send it with a new Idempotency-Key if it was not")
+
+    def _record(self, key: str, entry: _OnceEntry, response: Response,
+                done: Callable[[], None]) -> None:
+        """Record an answer, call `done`, and answer the retries that came meanwhile."""
+        with self._lock:
+            waiting, entry.waiting = entry.waiting, []
+            if response.status_code in self.NOT_NOW:
+                self._entries.pop(key, None)
+                body = b"false"
+            else:
+                entry.response = response
+                body = self._encode(response)
+            number = self._journal.append([key, entry.fingerprint, int(time.time())], body).number
+            entry.number = number
+
+        def answer() -> None:
+            done()
+            for call_ in waiting or ():
+                call_.respond(self._copy(response))
+
+        self._journal.when_written(number, answer)
+
+    @staticmethod
+    def _copy(response: Response) -> Response:
+        return Response(response.body, response.status_code,
+                        {**response.headers, "x-idempotent-replay": "true"})
+
+    @staticmethod
+    def _encode(response: Response) -> bytes:
+        body = base64.b64encode(response.body).decode()
+        try:
+            return encode_json([response.status_code, response.headers, body]).encode()
+        except (TypeError, ValueError):           # fields that are no text: the plugin's mistake
+            return b"null"
+
+    def _restore(self, record: Record) -> None:
+        key, fingerprint, _ = record.head
+        value = _parse_json(record.body.decode())
+        self._entries.pop(key, None)
+        if value is False:
+            return
+        entry = self._entries[key] = _OnceEntry(fingerprint, record.number)
+        if value is None:
+            entry.waiting = None
+        else:
+            status, headers, body = value
+            entry.response = Response(base64.b64decode(body), status, headers)
+
+
 class _Hosted:
     """A plugin with the thread, the loop and the workers that are its own."""
 
@@ -3532,12 +4184,14 @@ class _Hosted:
 class PluginHost:
     """Runs plugins and dispatches requests to them, on an edge or on the bridge.
 
-    name: the edge's name. notify(plugin, topic, data) and changed() are called on any thread.
+    name: the edge's name. notify(plugin, topic, data) and changed() are called on any thread; what
+    notify() returns is returned by notify() here. once: None to run again what is sent again.
     """
 
     def __init__(self, name: str, role: str, state_dir: Path, *, bridge_url: str = "",
-                 notify: Callable[[str, str, Any], None], changed: Callable[[], None]) -> None:
-        self.name = name
+                 notify: Callable[[str, str, Any], Optional[WhenSafe]],
+                 changed: Callable[[], None], once: Optional[OnceStore] = None) -> None:
+        self.name, self._once = name, once
         self._notify, self._changed = notify, changed
         self._state_dir = state_dir
         state = types.SimpleNamespace(edge_name=name, role=role, state_dir=state_dir,
@@ -3620,9 +4274,12 @@ class PluginHost:
             plugins[name] = described
         return plugins
 
-    def notify(self, plugin_name: str, topic: str, data: Any) -> None:
-        """Pass a plugin's notification on. Any thread."""
-        self._notify(plugin_name, topic, data)
+    def notify(self, plugin_name: str, topic: str, data: Any) -> Optional[WhenSafe]:
+        """Pass a plugin's notification on. Any thread.
+
+        Returns what calls a function once the notification is safe; None when that is not told.
+        """
+        return self._notify(plugin_name, topic, data)
 
     def on_topology(self, edges: Dict[str, Any]) -> None:
         """Tell every plugin of a changed topology. Any thread."""
@@ -3633,6 +4290,19 @@ class PluginHost:
         """Answer a request, soon and on any thread. Never raises."""
         try:
             hosted, route, request = self._resolve(call_)
+            if self._once is not None and request.idempotency_key and request.method == "POST":
+                repeatable = getattr(route.handler, "radical_edge_repeatable", False)
+                self._once.run(call_, repeatable, lambda outer: self._start(hosted, route, request,
+                                                                            outer))
+            else:
+                self._start(hosted, route, request, call_)
+        except EdgeError as error:
+            call_.respond(error_response(error))
+
+    # -- inside
+
+    def _start(self, hosted: _Hosted, route: Route, request: Request, call_: Call) -> None:
+        try:
             if route.is_async:
                 hosted.thread.call(self._start_task, hosted,
                                    self._run_async(hosted, route.handler, request, call_), call_)
@@ -3640,8 +4310,6 @@ class PluginHost:
                 hosted.workers.run(lambda: self._run_plain(hosted, route.handler, request, call_))
         except EdgeError as error:
             call_.respond(error_response(error))
-
-    # -- inside
 
     async def _make(self, hosted: _Hosted, factory: Any, instance_name: Optional[str]) -> None:
         named = {"instance_name": instance_name} if instance_name else {}
@@ -3963,9 +4631,9 @@ class _BridgeLink:
         self._calls: Dict[int, _StreamCall] = {}
         self._parser = FrameParser(masked=False)
         self._closed: "asyncio.Future[str]" = self._loop.create_future()
-        self._unsent: Deque[bytes] = collections.deque()         # notifications, until it is OPEN
+        self.acked = self._sent = 0               # numbers of notifications: safe there, on the way
+        self._pumping = False                     # that the channel has room again
         self._last_received = 0.0
-        self.dropped = 0                          # notifications that found _unsent full
         self._handlers = {"request": self._on_request, "ping": self._on_ping,
                           "error": self._on_error, "shutdown": self._on_shutdown,
                           "topology": self._on_topology, "registered": self._on_registered}
@@ -3984,18 +4652,40 @@ class _BridgeLink:
             await self._edge.wait_stopping(pause * random.uniform(0.5, 1.5))
             pause = min(pause * 2, BACKOFF_S[1])
 
-    def send_notification(self, frame: bytes) -> None:
-        """Send an unmasked message, or keep it until the link is OPEN."""
-        if self.state is LinkState.OPEN and self.channel is not None:
-            self._send(Opcode.TEXT, frame)
+    def send_notifications(self) -> None:
+        """Send from the journal what this bridge has not got, as fast as it takes them."""
+        journal = self._edge.journal
+        while self.state is LinkState.OPEN and not self._pumping:
+            number = max(self._sent + 1, journal.first)
+            if number > journal.last or number > max(self.acked, journal.first) + NOTIFY_WINDOW:
+                return
+            if not self.channel.has_room:         # answers go first
+                self._pumping = True
+                self.channel.when_room(self._on_room)
+                return
+            self._sent = number
+            record = journal.get(number)
+            if record is not None:
+                self._send_notification(record)
+
+    def _on_room(self) -> None:
+        self._pumping = False
+        self.send_notifications()
+
+    def _send_notification(self, record: Record) -> None:
+        if self._wire == 2:
+            head = encode_wire(Kind.NOTIFICATION, 0, [record.number, *record.head])
+            self.send_wire(self.channel, head, record.body)
             return
-        self._unsent.append(frame)
-        if len(self._unsent) > MAX_UNSENT_EVENTS:
-            self._unsent.popleft()
-            self.dropped += 1
-            if self.dropped & (self.dropped - 1) == 0:           # 1, 2, 4, ...: not a line for each
-                edge_log.error("%s: %d notifications dropped while the link is down", self.url,
-                               self.dropped)
+        plugin_name, topic = record.head
+        names = encode_json({"type": "notification", "edge": self._edge.name,
+                             "plugin": plugin_name, "topic": topic})
+        self._send(Opcode.TEXT, names[:-1].encode() + b',"data":' + record.body + b"}")
+        self._on_acked(record.number)             # a bridge of version 1 does not say so
+
+    def _on_acked(self, number: int) -> None:
+        self.acked = max(self.acked, number)
+        self._edge.on_acked()
 
     def send_topology(self) -> None:
         """Tell the bridge that this edge's plugins have changed."""
@@ -4139,6 +4829,10 @@ class _BridgeLink:
         if frame.kind is Kind.REQUEST:
             self._on_stream(frame)
             return
+        if frame.kind is Kind.ACK:
+            self._on_acked(min(frame.number, self._sent))
+            self.send_notifications()
+            return
         call_ = self._calls.get(frame.stream)     # None: it was answered in the meantime
         if call_ is None:
             return
@@ -4177,8 +4871,12 @@ class _BridgeLink:
                 # there is none inside TLS or between two ends on one machine
                 self._new_mask = lambda: NO_MASK
         self._advance("registered")
-        while self._unsent:
-            self._send(Opcode.TEXT, self._unsent.popleft())
+        acked = message.get("acked")
+        if isinstance(acked, int):
+            self._on_acked(acked)
+        self._sent = self.acked                   # what was on its way may be lost
+        self._pumping = False
+        self.send_notifications()
         self._edge.on_registered(self.url)
 
     def _on_topology(self, message: Dict[str, Any]) -> None:
@@ -4232,8 +4930,13 @@ class Edge:
         self.ended = threading.Event()            # set when the edge was told to end, or stop() ran
         self._on_end = on_end
         self.online = threading.Event()           # set after the first registration
+        self.journal = Journal(self._state_dir / "notifications", max_records=MAX_UNSENT_EVENTS,
+                               max_bytes=MAX_UNSENT_BYTES, on_written=self._on_written)
+        self._lock = StateLock(self._state_dir, self.request_stop)
+        self._once = OnceStore(self._state_dir / "once")
         self.host = PluginHost(self.name, ROLE_EDGE, self._state_dir, bridge_url=str(first.url),
-                               notify=self._notify, changed=self._on_plugins_changed)
+                               notify=self._notify, changed=self._on_plugins_changed,
+                               once=self._once)
 
     @property
     def stopping(self) -> bool:
@@ -4241,9 +4944,14 @@ class Edge:
         return self.ended.is_set()
 
     def start(self) -> "Edge":
-        """Load the plugins, connect in the background, and return self."""
-        self._state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        """Load the plugins, connect in the background, and return self.
+
+        Raises Conflict when another process has the state directory.
+        """
+        self._lock.acquire()
         self._instance = self._read_instance()
+        self.journal.open()
+        self._once.open()
         self.host.load(select_plugins(self._wanted))
         self._transport.start()
         self._transport.submit(self._start_links()).result()
@@ -4256,6 +4964,9 @@ class Edge:
             self._transport.submit(self._close_links()).result(STOP_S)
         clean = self.host.stop()
         self.workers.stop()
+        self.journal.close()
+        self._once.close()
+        self._lock.release()
         return self._transport.stop() and clean
 
     def request_stop(self) -> None:
@@ -4285,6 +4996,10 @@ class Edge:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._stop.wait(), seconds)
 
+    def on_acked(self) -> None:
+        """Forget the notifications that all bridges have got."""
+        self.journal.drop_until(min(link.acked for link in self._links))
+
     def on_registered(self, _url: BridgeURL) -> None:
         """Take notice that a bridge has accepted this edge."""
         self.online.set()
@@ -4312,24 +5027,30 @@ class Edge:
             write_private(path, instance + "\n")
         return instance
 
-    def _notify(self, plugin_name: str, topic: str, data: Any) -> None:
-        message = {"type": "notification", "edge": self.name, "plugin": plugin_name,
-                   "topic": topic, "data": data}
+    def _notify(self, plugin_name: str, topic: str, data: Any) -> Optional[WhenSafe]:
         try:
-            frame = encode_json(message).encode()
-        except (TypeError, ValueError) as error:
+            body = encode_json(data).encode()
+        except (TypeError, ValueError, RecursionError) as error:
             edge_log.error("%s: notification %r is not JSON and was dropped: %s", plugin_name,
                            topic, error)
-            return
-        if len(frame) > MAX_NOTIFICATION:
+            return None
+        if len(body) > MAX_NOTIFICATION:
             edge_log.error("%s: notification %r has %d bytes and was dropped; %d are allowed",
-                           plugin_name, topic, len(frame), MAX_NOTIFICATION)
-            return
-        self._transport.call(self._send_notification, frame)
+                           plugin_name, topic, len(body), MAX_NOTIFICATION)
+            return None
+        record = self.journal.append([plugin_name, topic], body)
+        dropped = self.journal.dropped
+        if dropped and dropped & (dropped - 1) == 0:             # 1, 2, 4, ...: not a line for each
+            edge_log.error("%d notifications are lost: more than the state directory keeps, and "
+                           "not all bridges have got them", dropped)
+        return functools.partial(self.journal.when_written, record.number)
 
-    def _send_notification(self, frame: bytes) -> None:
+    def _on_written(self, _number: int) -> None:
+        self._transport.call(self._send_notifications)
+
+    def _send_notifications(self) -> None:
         for link in self._links:
-            link.send_notification(frame)
+            link.send_notifications()
 
     def _on_plugins_changed(self) -> None:
         self._transport.call(self._send_topology)
@@ -4384,7 +5105,7 @@ class Exchange:
 
     __slots__ = ("connection", "head", "segments", "identity", "route", "params", "request_id",
                  "body", "received", "upload", "error", "started", "timeout", "deadline", "begun",
-                 "cancelled", "wire_id", "link", "own_call")
+                 "cancelled", "wire_id", "link", "own_call", "send")
 
     def __init__(self, connection: "HttpConnection", head: RequestHead, request_id: str,
                  started: float) -> None:
@@ -4403,6 +5124,7 @@ class Exchange:
         self.begun = self.cancelled = False
         self.link: Optional[EdgeLink] = None      # that works on it, under the id `wire_id`
         self.wire_id: Union[str, int] = ""
+        self.send: Callable[[Exchange], None] = lambda exchange: None    # forwards it to its edge
         self.own_call: Optional[Call] = None      # where one of the bridge's own plugins answers
 
     def respond(self, response: Response) -> None:
@@ -4417,6 +5139,19 @@ class Exchange:
             self.connection.channel.close(error.detail)
         else:
             self.respond(error_response(error))
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether it may be forwarded again: it only reads, or the edge will know it by its key."""
+        return not self.begun and self.received and self.upload is None and (
+            self.head.method in ("GET", "HEAD") or "idempotency-key" in self.head.fields)
+
+    def resend(self) -> None:
+        """Forward it, now that its edge is back."""
+        try:
+            self.send(self)
+        except EdgeError as error:
+            self.fail(error)
 
     def on_progress(self) -> None:
         """Put the deadline off: something moved."""
@@ -4772,77 +5507,104 @@ class HttpConnection:
 class Subscriber:
     """A client that follows the events. On the loop.
 
-    filters: the wanted edge, plugin and topic; "" for any.
+    filters: the wanted edge, plugin and topic; "" for any. What it has not got yet stays in the
+    event log; at most one batch waits in its channel.
     """
 
+    STUCK_BEATS = 4            # heartbeats without progress that end a subscription
+
     def __init__(self, connection: HttpConnection, identity: Identity,
-                 filters: Tuple[str, str, str], *, chunked: bool) -> None:
+                 filters: Tuple[str, str, str], *, position: int, chunked: bool) -> None:
         self.connection, self.identity = connection, identity
-        self._filters, self._chunked = filters, chunked
-        self._wants_all = not any(filters)
+        self.filters, self._chunked = filters, chunked
+        self.position = position                  # the id of the last event that it was sent
+        self.topology = 0                         # the version of the topology that it was sent
+        self.is_waiting = False                   # that its channel has room
+        self._stuck_beats = self._sent = 0
 
-    def send_event(self, event: LoggedEvent) -> bool:
-        """Send an event if it is wanted; False when the subscriber does not read."""
-        if self._wants_all or self._wants(event):
-            return self.send_chunk(event.chunk)
-        return True
-
-    def send_chunk(self, chunk: bytes) -> bool:
-        """Send an encoded chunk; False when too much waits for this subscriber already."""
+    def send(self, data: bytes) -> None:
+        """Send encoded events."""
         channel = self.connection.channel
-        if channel.unsent + len(chunk) > MAX_SUBSCRIBER_BUFFER:
-            return False
-        channel.send(chunk if self._chunked else self._without_chunk(chunk))
-        return True
+        if self._chunked:
+            channel.send(b"%x\r\n" % len(data), data, b"\r\n")
+        else:
+            channel.send(data)                    # HTTP/1.0 has no chunks
 
-    def _wants(self, event: LoggedEvent) -> bool:
-        return all(not wanted or wanted == found
-                   for wanted, found in zip(self._filters, (event.edge, event.plugin, event.topic)))
+    def end(self) -> None:
+        """End the stream in the way that tells the client that this was all."""
+        if self._chunked:
+            self.connection.channel.send(encode_chunk(b""))
+        self.connection.channel.close_when_sent()
 
-    @staticmethod
-    def _without_chunk(chunk: bytes) -> bytes:
-        return chunk[chunk.index(b"\r\n") + 2:-2]  # HTTP/1.0 has no chunks
+    def is_stuck(self) -> bool:
+        """Whether nothing was read for long; to be called at each heartbeat."""
+        channel = self.connection.channel
+        stuck = channel.unsent and channel.sent == self._sent
+        self._stuck_beats = self._stuck_beats + 1 if stuck else 0
+        self._sent = channel.sent
+        return self._stuck_beats >= self.STUCK_BEATS
 
 
 class EventHub:
-    """All subscribers and the events that they get. On the loop."""
+    """All subscribers and the events that they get. On the loop.
 
-    _COMMENT = encode_chunk(b": still here\n\n")
+    Subscribers are served in slices, so that ten thousand of them hold up nobody, and each from its
+    own place in the log, so that one that does not read costs one batch and no more.
+    """
 
-    def __init__(self, counters: Counters) -> None:
-        self.log = EventLog()
+    _COMMENT = b": still here\n\n"
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, counters: Counters, journal: Journal
+                 ) -> None:
+        self._loop, self._counters = loop, counters
+        self.log = EventLog(journal)
         self.subscribers: Set[Subscriber] = set()
-        self._counters = counters
+        self._queue: Deque[Subscriber] = collections.deque()     # to be served in this round
+        self._serving = self._again = False       # a round is under way; another must follow
+        self._topology, self._topology_version = b"", 0
 
-    def publish(self, edge: str, plugin_name: str, topic: str, data: Any) -> None:
-        """Number a notification, keep it and send it to all who want it."""
-        event = self.log.append(edge, plugin_name, topic, data)
+    def publish(self, edge: str, plugin_name: str, topic: str, data: Any, *, instance: str = "",
+                number: int = 0) -> int:
+        """Number a notification, keep it, send it to all who want it, and return its id."""
+        event_id = self.log.append(edge, plugin_name, topic, data, instance=instance, number=number)
         self._counters.add("notifications_total")
-        self._send_all(lambda subscriber: subscriber.send_event(event))
+        self._serve_soon()
+        return event_id
 
-    def publish_topology(self, topology: Dict[str, Any]) -> None:
-        """Send the topology to all."""
-        chunk = self._encode_topology(topology)
-        self._send_all(lambda subscriber: subscriber.send_chunk(chunk))
+    def publish_topology(self, topology: bytes) -> None:
+        """Send the topology, as JSON, to all; who is slow gets only the last one."""
+        self._topology = encode_event(f'{{"topic":"topology","data":{topology.decode()}}}')
+        self._topology_version += 1
+        self._serve_soon()
 
     def beat(self) -> None:
         """Send everybody a comment, so that proxies see traffic and the dead are noticed."""
-        self._send_all(lambda subscriber: subscriber.send_chunk(self._COMMENT))
+        for subscriber in list(self.subscribers):
+            if subscriber.is_stuck():
+                self._cut(subscriber)
+            elif not subscriber.connection.channel.unsent:
+                subscriber.send(self._COMMENT)
 
-    def subscribe(self, exchange: Exchange, topology: Dict[str, Any]) -> None:
+    def subscribe(self, exchange: Exchange, topology: bytes) -> None:
         """Turn a request into a subscription: topology first, then what was missed, then events."""
         query, connection = parse_query(exchange.head.query), exchange.connection
         chunked = not exchange.head.is_http10
-        filters = tuple(query.get(name, "") for name in ("edge", "plugin", "topic"))
-        subscriber = Subscriber(connection, exchange.identity, filters, chunked=chunked)
+        edge, plugin_name, topic = (query.get(name, "") for name in ("edge", "plugin", "topic"))
         last_id = self._parse_last_id(exchange.head.fields.get("last-event-id")
                                       or query.get("last_event_id"))
+        gap = self.log.gap_after(last_id) if last_id is not None else None
+        position = self.log.last_id if last_id is None else gap["to"] if gap else last_id
+        subscriber = Subscriber(connection, exchange.identity, (edge, plugin_name, topic),
+                                position=position, chunked=chunked)
         connection.take_over(lambda _data: None, lambda _reason: self._on_lost(subscriber))
+        connection.channel.room = 1               # one batch at a time
         connection.channel.send(self._encode_head(exchange, chunked))
         self.subscribers.add(subscriber)
-        subscriber.send_chunk(self._encode_topology(topology))
-        if last_id is not None:
-            self._replay(subscriber, last_id)
+        subscriber.topology = self._topology_version
+        first = encode_event(f'{{"topic":"topology","data":{topology.decode()}}}')
+        told = encode_event(encode_json({"topic": "gap", "data": gap}), gap["to"]) if gap else b""
+        subscriber.send(first + told)
+        self._serve(subscriber)
 
     def close(self) -> None:
         """End all subscriptions."""
@@ -4851,8 +5613,8 @@ class EventHub:
     def close_unless(self, is_valid: Callable[[Identity], bool]) -> None:
         """End, with the last chunk, the subscriptions of those whose tokens are bad by now."""
         for subscriber in [item for item in self.subscribers if not is_valid(item.identity)]:
-            subscriber.send_chunk(encode_chunk(b""))
-            subscriber.connection.channel.close_when_sent()
+            self.subscribers.discard(subscriber)
+            subscriber.end()
 
     @staticmethod
     def _parse_last_id(text: Optional[str]) -> Optional[int]:
@@ -4869,24 +5631,48 @@ class EventHub:
         fields.append(("Transfer-Encoding", "chunked") if chunked else ("Connection", "close"))
         return encode_response_head(200, fields)
 
-    @staticmethod
-    def _encode_topology(topology: Dict[str, Any]) -> bytes:
-        return encode_chunk(encode_event(encode_json({"topic": "topology", "data": topology})))
+    def _serve_soon(self) -> None:
+        if self._serving:
+            self._again = True
+            return
+        self._serving, self._again = True, False
+        self._queue.extend(self.subscribers)
+        self._loop.call_soon(self._serve_slice)
 
-    def _replay(self, subscriber: Subscriber, last_id: int) -> None:
-        gap, events_missed = self.log.since(last_id)
-        if gap:
-            value = encode_json({"topic": "gap", "data": gap})
-            subscriber.send_chunk(encode_chunk(encode_event(value, gap["to"])))
-        for event in events_missed:
-            if not subscriber.send_event(event):
-                self._cut(subscriber)             # it comes back for the rest
+    def _serve_slice(self) -> None:
+        for _ in range(min(SUBSCRIBER_SLICE, len(self._queue))):
+            subscriber = self._queue.popleft()
+            if not subscriber.is_waiting:
+                self._serve(subscriber)
+            elif subscriber.position + 1 < self.log.first_id:
+                self._cut(subscriber)             # it comes back, and is told what is gone
+        if self._queue:
+            self._loop.call_soon(self._serve_slice)
+            return
+        self._serving = False
+        if self._again:
+            self._serve_soon()
+
+    def _serve(self, subscriber: Subscriber) -> None:
+        """Send a subscriber what it has not got, until its channel is full."""
+        channel = subscriber.connection.channel
+        subscriber.is_waiting = False
+        while not channel.closed and subscriber in self.subscribers:
+            if not channel.has_room:
+                subscriber.is_waiting = True
+                channel.when_room(lambda: self._serve(subscriber))
                 return
-
-    def _send_all(self, send: Callable[[Subscriber], bool]) -> None:
-        stuck = [subscriber for subscriber in self.subscribers if not send(subscriber)]
-        for subscriber in stuck:
-            self._cut(subscriber)
+            if subscriber.topology != self._topology_version:
+                subscriber.topology = self._topology_version
+                subscriber.send(self._topology)
+            elif subscriber.position >= self.log.last_id:
+                return
+            elif subscriber.position + 1 < self.log.first_id:
+                self._cut(subscriber)
+            else:
+                subscriber.position, data = self.log.batch(subscriber.position, subscriber.filters)
+                if data:
+                    subscriber.send(data)
 
     def _cut(self, subscriber: Subscriber) -> None:
         self._counters.add("subscribers_cut_total")
@@ -4907,6 +5693,8 @@ class EdgeLink:
         self.channel = connection.channel
         self.name = ""                            # until it has registered
         self.instance = ""
+        self.is_leaving = False                   # it said so: nobody need wait for it
+        self.described = "{}"                     # endpoint and plugins, as JSON
         self.endpoint: Dict[str, Any] = {}
         self.plugins: Dict[str, Dict[str, Any]] = {}
         self.ui_modules: Dict[str, str] = {}
@@ -4918,9 +5706,19 @@ class EdgeLink:
         self._windows: Dict[int, SendWindow] = {}                # of requests' bodies, by stream
         self._downloads: Dict[int, Tuple[Download, int]] = {}    # and their status, by stream
         self._counter = 0
+        self._to_ack: Deque[Tuple[int, int]] = collections.deque()   # (event id, number there)
         self.opened = self._last_received = connection._loop.time()
         self._handlers = {"register": self._on_register, "response": self._on_response,
                           "notification": self._on_notification, "topology": self._on_topology}
+
+    def describe(self) -> None:
+        """Encode what clients are told of this edge."""
+        self.described = encode_json({"endpoint": self.endpoint, "plugins": self.plugins})
+
+    def is_same(self, other: "EdgeLink") -> bool:
+        """Whether another link comes from the same edge: the same state and the same token."""
+        return bool(self.instance) and self.instance == other.instance \
+            and self.identity.name == other.identity.name
 
     @property
     def pending(self) -> int:
@@ -4969,7 +5767,8 @@ class EdgeLink:
                        headers: Dict[str, str]) -> None:
         opcode, payload = encode_request(req_id, exchange.head.method, target, headers,
                                          exchange.body)
-        exchange.body = b""
+        if not exchange.is_repeatable:
+            exchange.body = b""
         if len(payload) > MAX_MESSAGE:            # text that JSON makes much longer
             raise ContentTooLarge(f"the body takes {len(payload)} bytes on the wire; {MAX_MESSAGE} "
                                   "are allowed")
@@ -5052,17 +5851,20 @@ class EdgeLink:
 
     def close(self, code: int, reason: str) -> None:
         """Leave with a close frame."""
+        self.is_leaving = self.is_leaving or code in (CloseCode.NORMAL, CloseCode.POLICY)
         self.channel.send(encode_close(code, reason))
         self.channel.close(reason)
 
     def on_lost(self, reason: str) -> None:
-        """Fail all requests that wait; the edge is gone."""
+        """Fail the requests that wait, but those that can be sent again if the edge comes back."""
+        self._registry.on_lost(self, reason)
         for exchange in list(self._pending.values()):
             self.forget(exchange)
-            exchange.fail(EdgeOffline(
-                f"the link to edge {self.name!r} went down while it worked on this; it may have "
-                "been done: look before you try again", headers=_retry_after(1)))
-        self._registry.on_lost(self, reason)
+            exchange.link = None
+            if not (exchange.is_repeatable and self._registry.wait(exchange, self.name)):
+                exchange.fail(EdgeOffline(
+                    f"the link to edge {self.name!r} went down while it worked on this; it may "
+                    "have been done: look before you try again", headers=_retry_after(1)))
 
     # -- what arrives
 
@@ -5071,6 +5873,7 @@ class EdgeLink:
             self.channel.send(encode_frame(Opcode.PONG, payload))
         elif opcode is Opcode.CLOSE:
             code, reason = parse_close(payload)
+            self.is_leaving = True
             self.close(CloseCode.NORMAL, f"the edge closed the link ({code} {reason})")
         elif opcode is Opcode.BINARY and self._wire == 2:
             frame = parse_wire(payload)
@@ -5101,7 +5904,8 @@ class EdgeLink:
         offered = message.get("wire")
         if isinstance(offered, list):             # an older edge does not know this message
             version = 2 if 2 in offered else 1
-            self.send({"type": "registered", "edge_name": self.name, "wire": version})
+            self.send({"type": "registered", "edge_name": self.name, "wire": version,
+                       "acked": self._registry.hub.log.seen(self.name, self.instance)})
             self._wire = version
             if version == 2:
                 self._parser.max_message = MAX_FRAME
@@ -5111,6 +5915,7 @@ class EdgeLink:
         mine = edges.get(self.name) if isinstance(edges, dict) else None
         if isinstance(mine, dict):
             self._take_plugins(mine.get("plugins"), self.name)
+            self.describe()
             self._registry.on_changed()
 
     def _on_notification(self, message: Dict[str, Any]) -> None:
@@ -5118,6 +5923,40 @@ class EdgeLink:
         if isinstance(plugin_name, str) and isinstance(topic, str):
             # the name is the link's own: an edge does not speak for another
             self._registry.hub.publish(self.name, plugin_name, topic, message.get("data"))
+
+    def _on_numbered(self, frame: WireFrame) -> None:
+        """Take a NOTIFICATION; one that was sent before is acknowledged again, and not told."""
+        number, plugin_name, topic = [*frame.head, None, None, None][:3]
+        try:
+            data = _parse_json(bytes(frame.body).decode())
+        except (ValueError, RecursionError):
+            raise ProtocolError("notification that is not JSON", CloseCode.INVALID_DATA) from None
+        if not (isinstance(number, int) and isinstance(plugin_name, str)
+                and isinstance(topic, str)):
+            raise ProtocolError("notification without number, plugin or topic")
+        hub = self._registry.hub
+        if number > hub.log.seen(self.name, self.instance):
+            try:
+                event_id = hub.publish(self.name, plugin_name, topic, data,
+                                       instance=self.instance, number=number)
+            except ValueError:                    # NaN, which Python reads and nobody else
+                raise ProtocolError("notification that is not JSON") from None
+        else:
+            event_id = hub.log.last_id
+        self._to_ack.append((event_id, number))
+        self._registry.ack_later(self)
+
+    def acknowledge(self, written: int) -> bool:
+        """Tell the edge which of its notifications are safe: events up to `written` are.
+
+        Returns whether others still wait.
+        """
+        number = 0
+        while self._to_ack and self._to_ack[0][0] <= written:
+            number = self._to_ack.popleft()[1]
+        if number and not self.channel.closed:
+            self._send_wire(encode_wire_number(Kind.ACK, 0, number))
+        return bool(self._to_ack) and not self.channel.closed
 
     def _on_response(self, message: Dict[str, Any]) -> None:
         exchange = self._take(str(message.get("req_id")))
@@ -5188,7 +6027,7 @@ class EdgeLink:
                                      f"{reason}"))
 
     _WIRE_HANDLERS = {Kind.RESPONSE: _on_answer, Kind.DATA: _on_data, Kind.CREDIT: _on_credit,
-                      Kind.CANCEL: _on_cancel}
+                      Kind.CANCEL: _on_cancel, Kind.NOTIFICATION: _on_numbered}
 
     def _take(self, wire_id: str) -> Optional[Exchange]:
         exchange = self._pending.pop(wire_id, None)
@@ -5247,16 +6086,38 @@ def _parse_routes(value: Any) -> List[Tuple[str, str]]:
             if isinstance(pair, list) and len(pair) == 2]
 
 
-class EdgeRegistry:
-    """The edges that are connected, and who is told when that changes. On the loop."""
+class Absence:
+    """An edge whose link was lost a moment ago, and the requests that wait for it to come back."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, hub: EventHub, counters: Counters) -> None:
-        self._loop, self.hub, self.counters = loop, hub, counters
+    def __init__(self, link: EdgeLink, until: float) -> None:
+        self.link, self.until = link, until
+        self.waiting: List[Exchange] = []
+
+    def fail(self, exchanges: List[Exchange]) -> None:
+        """Give up waiting: the edge has not come back in time."""
+        for exchange in exchanges:
+            exchange.fail(EdgeOffline(
+                f"edge {self.link.name!r} has lost its link and has not come back: try again later",
+                headers=_retry_after(BACKOFF_S[1])))
+
+
+class EdgeRegistry:
+    """The edges that are connected, and who is told when that changes. On the loop.
+
+    grace: seconds for which requests wait for an edge that has lost its link.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, hub: EventHub, counters: Counters,
+                 grace: float) -> None:
+        self._loop, self.hub, self.counters, self._grace = loop, hub, counters, grace
         self.links: Dict[str, EdgeLink] = {}      # by name
+        self.absent: Dict[str, Absence] = {}      # by name
         self.unregistered: Set[EdgeLink] = set()  # connected, but not yet registered
         self.host: Optional[PluginHost] = None    # of the bridge's own plugins
         self.url = ""
         self.downloads = 0                        # answers that are on their way in pieces
+        self._unacknowledged: Dict[EdgeLink, None] = {}          # links that wait for the journal
+        self._written = 0                         # events up to this id are safe
         self._told = False                        # that a change will be told soon
 
     def open(self, connection: HttpConnection, identity: Identity) -> EdgeLink:
@@ -5280,9 +6141,7 @@ class EdgeRegistry:
         if not fnmatch.fnmatchcase(name, link.identity.edges):
             return f"the token may register {link.identity.edges!r} only, not {name!r}"
         known = self.links.get(name)
-        same = known is not None and link.instance and link.instance == known.instance \
-            and link.identity.name == known.identity.name
-        if known is not None and not same:
+        if known is not None and not known.is_same(link):
             return f"Edge '{name}' already used"
         return None
 
@@ -5292,11 +6151,13 @@ class EdgeRegistry:
         link.name = name
         self.links[name] = link
         self.unregistered.discard(link)
+        link.describe()
         self.counters.add("links_total")
         bridge_log.info("edge %s is here, with %s", name, ", ".join(link.plugins) or "no plugins")
         if old is not None:
             old.send({"type": "shutdown", "reason": "another process took over this edge's name"})
             old.close(CloseCode.REPLACED, "replaced by a newer link of the same edge")
+        self._end_absence(link)
         self.on_changed()
 
     def on_lost(self, link: EdgeLink, reason: str) -> None:
@@ -5307,6 +6168,61 @@ class EdgeRegistry:
             self.counters.add("links_lost_total")
             bridge_log.info("edge %s is gone: %s", link.name, reason)
             self.on_changed()
+            if self._grace > 0 and not link.is_leaving:
+                self.absent[link.name] = Absence(link, self._loop.time() + self._grace)
+
+    def wait(self, exchange: Exchange, name: str) -> bool:
+        """Let a request wait for an edge that may come back; False when there is none."""
+        absence = self.absent.get(name)
+        if absence is None or len(absence.waiting) >= MAX_PENDING:
+            return False
+        absence.waiting.append(exchange)
+        return True
+
+    def sweep(self, now: float) -> None:
+        """Give up waiting for edges that stay away, and fail what is past its deadline."""
+        for name, absence in list(self.absent.items()):
+            if absence.until < now:
+                del self.absent[name]
+                absence.fail(absence.waiting)
+                self.on_changed()
+            else:
+                late = [exchange for exchange in absence.waiting if exchange.deadline < now]
+                absence.waiting = [item for item in absence.waiting if item not in late]
+                absence.fail(late)
+
+    def _end_absence(self, link: EdgeLink) -> None:
+        absence = self.absent.pop(link.name, None)
+        if absence is None:
+            return
+        if not absence.link.is_same(link):        # somebody else has this name now
+            absence.fail(absence.waiting)
+            return
+        # after "registered", which tells the edge what the requests will look like
+        self._loop.call_soon(self._forward_waiting, absence.waiting)
+
+    @staticmethod
+    def _forward_waiting(exchanges: List[Exchange]) -> None:
+        for exchange in exchanges:
+            if not exchange.cancelled:
+                exchange.resend()
+
+    def ack_later(self, link: EdgeLink) -> None:
+        """Let a link acknowledge its notifications once they are in the journal."""
+        if not self._unacknowledged:
+            self._loop.call_soon(self._acknowledge)
+        self._unacknowledged[link] = None
+
+    def on_written(self, written: int) -> None:
+        """Take notice that events up to this id are in the journal."""
+        self._written = max(self._written, written)
+        self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        links, self._unacknowledged = self._unacknowledged, {}
+        for link in links:
+            if link.acknowledge(self._written):
+                self._unacknowledged[link] = None
 
     def find(self, name: str) -> EdgeLink:
         """Return an edge's link. Raises NotFound."""
@@ -5317,25 +6233,36 @@ class EdgeRegistry:
 
     def describe_plugins(self) -> Dict[str, Dict[str, Any]]:
         """Return {edge name: {plugin name: description}}, the bridge's own plugins included."""
-        described = {name: link.plugins for name, link in self.links.items()}
+        described = {name: link.plugins for name, link in self._present().items()}
         if self.host is not None and self.host.describe():
             own = self.host.describe()
             described[BRIDGE_NAME] = {name: {**item, "namespace": f"/{BRIDGE_NAME}/{name}"}
                                       for name, item in own.items()}
         return described
 
-    def topology(self) -> Dict[str, Any]:
-        """Return what POST /edge/list answers, and what subscribers are told."""
-        edges = {name: {"endpoint": self.links[name].endpoint if name in self.links else {},
-                        "plugins": plugins}
-                 for name, plugins in self.describe_plugins().items()}
-        return {"bridge": {"url": self.url}, "edges": edges}
+    def topology(self) -> bytes:
+        """Return, as JSON, what POST /edge/list answers and what subscribers are told."""
+        # encoded once for each edge, for there may be a thousand
+        parts = [f'"{name}":{link.described}' for name, link in self._present().items()]
+        own = self.describe_plugins().get(BRIDGE_NAME) if self.host is not None else None
+        if own:
+            parts.append(f'"{BRIDGE_NAME}":' + encode_json({"endpoint": {}, "plugins": own}))
+        bridge = encode_json({"url": self.url})
+        return f'{{"bridge":{bridge},"edges":{{{",".join(parts)}}}}}'.encode()
 
     def on_changed(self) -> None:
-        """Tell everybody of the new topology, once for all changes within TOPOLOGY_S."""
+        """Tell everybody of the new topology, once for all changes within a while.
+
+        The while is longer when there are many edges to be told, each of every other.
+        """
         if not self._told:
             self._told = True
-            self._loop.call_later(TOPOLOGY_S, self._tell)
+            self._loop.call_later(TOPOLOGY_S * (1 + len(self.links) // 50), self._tell)
+
+    def _present(self) -> Dict[str, EdgeLink]:
+        """Return the links by name, those included that may be back in a moment."""
+        absent = {name: absence.link for name, absence in self.absent.items()}
+        return {**absent, **self.links} if absent else self.links
 
     def _tell(self) -> None:
         self._told = False
@@ -5344,10 +6271,16 @@ class EdgeRegistry:
                  for name, plugins in self.describe_plugins().items()}
         message = encode_json({"type": "topology", "edges": names})
         frame = encode_frame(Opcode.TEXT, message.encode())
-        for link in self.links.values():
-            link.channel.send(frame)
+        self._tell_some(list(self.links.values()), frame)
         if self.host is not None:
             self.host.on_topology(names)
+
+    def _tell_some(self, links: List[EdgeLink], frame: bytes) -> None:
+        for link in links[:SUBSCRIBER_SLICE]:
+            if link.channel.has_room:             # else it is told of the next change
+                link.channel.send(frame)
+        if links[SUBSCRIBER_SLICE:]:
+            self._loop.call_soon(self._tell_some, links[SUBSCRIBER_SLICE:], frame)
 
 
 class _Opener(http.server.BaseHTTPRequestHandler):
@@ -5516,12 +6449,13 @@ class _Routes:
 
     def _list_topology(self, _exchange: Exchange) -> Any:
         """List the edges and all that is known of their plugins."""
-        return {"data": self._registry.topology()}
+        return Response(b'{"data":' + self._registry.topology() + b"}",
+                        media_type="application/json")
 
     def _list_edges(self, _exchange: Exchange) -> Any:
         """List the edges and the names of their plugins."""
-        edges = [{"name": name, "plugins": list(plugins), "connected": True,
-                  "plugin_count": len(plugins)}
+        edges = [{"name": name, "plugins": list(plugins),
+                  "connected": name not in self._registry.absent, "plugin_count": len(plugins)}
                  for name, plugins in self._registry.describe_plugins().items()]
         return {"edges": edges, "total": len(edges)}
 
@@ -5669,14 +6603,16 @@ class Bridge:
 
     tokens: None to let everybody in. cert, key: PEM files, for TLS. plugins: names of plugins that
     the bridge itself hosts. allow_hosts: names besides its own under which browsers may reach it.
-    on_end: called, on the loop, when a client asks the bridge to end; then call stop().
+    grace: seconds for which requests wait for an edge whose link was lost. state_dir: where events
+    are kept. on_end: called, on the loop, when a client asks the bridge to end; then call stop().
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = DEFAULT_PORT, *,
                  tokens: Optional[TokenStore] = None, cert: Optional[str] = None,
                  key: Optional[str] = None, plugins: Iterable[str] = (),
                  allow_hosts: Iterable[str] = (), request_timeout: float = REQUEST_S,
-                 heartbeat: float = HEARTBEAT_S, state_dir: Optional[Path] = None,
+                 heartbeat: float = HEARTBEAT_S, grace: float = GRACE_S,
+                 state_dir: Optional[Path] = None,
                  on_end: Optional[Callable[[], None]] = None) -> None:
         self._on_end = on_end
         self._tokens, self._wanted = tokens, list(plugins)
@@ -5692,13 +6628,18 @@ class Bridge:
         self._authenticator = Authenticator(tokens, own)
         self.connections: Set[HttpConnection] = set()            # the loop's
         self.stopping = False                     # set by stop(), read everywhere
-        self._hub = EventHub(self.counters)
-        self._registry = EdgeRegistry(self.loop, self._hub, self.counters)
+        self._state_dir = Path(state_dir or home_dir() / "state" / BRIDGE_NAME)
+        self._journal = Journal(self._state_dir / "events", max_records=MAX_EVENTS,
+                                max_bytes=MAX_EVENT_BYTES, on_written=self._on_written)
+        self._hub = EventHub(self.loop, self.counters, self._journal)
+        self._registry = EdgeRegistry(self.loop, self._hub, self.counters, grace)
         self._registry.url = self.url
-        self._host = PluginHost(BRIDGE_NAME, ROLE_BRIDGE,
-                                Path(state_dir or home_dir() / "state" / BRIDGE_NAME),
+        self._lock = StateLock(self._state_dir, self._on_end or (lambda: None))
+        self._once = OnceStore(self._state_dir / "once")         # used when it hosts plugins
+        self._host = PluginHost(BRIDGE_NAME, ROLE_BRIDGE, self._state_dir,
                                 bridge_url=self.url, notify=self._on_own_notification,
-                                changed=lambda: self._thread.call(self._registry.on_changed))
+                                changed=lambda: self._thread.call(self._registry.on_changed),
+                                once=self._once)
         self._routes = _Routes(self, self._authenticator, self._registry, self._hub)
         self._own_ids = f"{secrets.token_hex(4)}-"
         self._request_count = 0                   # the loop's
@@ -5706,7 +6647,17 @@ class Bridge:
     # -- life
 
     def start(self) -> "Bridge":
-        """Serve in the background; return self."""
+        """Serve in the background; return self.
+
+        Raises Conflict when another process has the state directory.
+        """
+        try:
+            self._lock.acquire()
+        except EdgeError:
+            self._listener.server_close()
+            raise
+        self._hub.log.open()
+        self._once.open()
         self._thread.start()
         self._registry.host = self._host
         self._host.load(select_plugins(self._wanted) if self._wanted else [])
@@ -5723,6 +6674,9 @@ class Bridge:
         clean = self._host.stop()
         with contextlib.suppress(concurrent.futures.TimeoutError):
             self._thread.submit(self._close_all()).result(STOP_S)
+        self._journal.close()
+        self._once.close()
+        self._lock.release()
         return self._thread.stop() and clean
 
     def is_full(self) -> bool:
@@ -5736,7 +6690,9 @@ class Bridge:
                 "connections": len(self.connections),
                 "requests_pending": sum(link.pending for link in links.values()),
                 "auth_failures": self._authenticator.failures,
-                "last_event_id": self._hub.log.last_id}
+                "last_event_id": self._hub.log.last_id,
+                "edges_absent": len(self._registry.absent),
+                "events_dropped": self._journal.dropped}
 
     def end_soon(self) -> None:
         """Ask whoever started the bridge to stop it, once the answers under way are sent."""
@@ -5823,11 +6779,15 @@ class Bridge:
         if name == BRIDGE_NAME:
             incoming = EdgeRequest(exchange.request_id, head.method, target, headers, exchange.body)
             self._host.dispatch(_OwnCall(self._thread, exchange, incoming))
-        else:
-            self._registry.find(name).forward(exchange, target, headers)
+            return
+        exchange.send = lambda exchange: self._registry.find(name).forward(exchange, target,
+                                                                           headers)
+        if name in self._registry.links or not self._registry.wait(exchange, name):
+            exchange.send(exchange)
 
     def _takes_uploads(self, name: str) -> bool:
-        return name == BRIDGE_NAME or self._registry.find(name).takes_uploads
+        return name == BRIDGE_NAME or name in self._registry.absent \
+            or self._registry.find(name).takes_uploads
 
     def _forwarded_fields(self, exchange: Exchange) -> Dict[str, str]:
         fields = exchange.head.fields
@@ -5863,6 +6823,9 @@ class Bridge:
         self.connections.add(connection)
         connection.adopt(sock)
 
+    def _on_written(self, number: int) -> None:
+        self._thread.call(self._registry.on_written, number)
+
     def _on_own_notification(self, plugin_name: str, topic: str, data: Any) -> None:
         self._thread.call(self._hub.publish, BRIDGE_NAME, plugin_name, topic, data)
 
@@ -5875,6 +6838,7 @@ class Bridge:
         while True:
             await asyncio.sleep(SWEEP_S)
             now = self.loop.time()
+            self._registry.sweep(now)
             for link in list(self._registry.links.values()):
                 link.sweep(now, self._heartbeat)
             for link in [item for item in self._registry.unregistered
@@ -6554,6 +7518,7 @@ Run:       --bridge  --edge        the meeting point; plugins on this machine; o
   --state DIR                      where sessions and jobs are kept      [~/.radical/edge/state]
   --request-timeout S              the longest request                   [{REQUEST_S:.0f}]
   --heartbeat S                    between pings                         [{HEARTBEAT_S:.0f}]
+  --grace S                        requests wait so long for a lost edge [{GRACE_S:.0f}]
   --insecure  --no-auth            allow plain HTTP to other hosts; let everybody in
 Ask:       --list                  edges and plugins
   --call EDGE/PLUGIN/ROUTE [JSON]  POST with JSON, else GET; {{sid}} in ROUTE opens a session
@@ -6589,6 +7554,7 @@ def make_parser() -> argparse.ArgumentParser:
         parser.add_argument(flag, action="append", default=[])
     parser.add_argument("--request-timeout", type=float, default=REQUEST_S)
     parser.add_argument("--heartbeat", type=float, default=HEARTBEAT_S)
+    parser.add_argument("--grace", type=float, default=GRACE_S)
     parser.add_argument("--call", nargs="+", metavar=("EDGE/PLUGIN/ROUTE", "JSON"))
     parser.add_argument("--events", nargs="?", const="", metavar="EDGE/PLUGIN/TOPIC")
     parser.add_argument("--token", nargs="+", metavar=("add|list|revoke", "NAME"))
@@ -6757,7 +7723,8 @@ def _start_bridge(options: argparse.Namespace, token: Optional[str], done: _Endi
     wanted = options.plugins.split(",") if options.plugins and not options.edge else []
     bridge = Bridge(host, options.port, tokens=tokens, cert=cert, key=key, plugins=wanted,
                     allow_hosts=options.allow_host, request_timeout=options.request_timeout,
-                    heartbeat=options.heartbeat, state_dir=_state_dir(options, BRIDGE_NAME),
+                    heartbeat=options.heartbeat, grace=options.grace,
+                    state_dir=_state_dir(options, BRIDGE_NAME),
                     on_end=done.set)
     pin = "sha256:" + hashlib.sha256(ssl.PEM_cert_to_DER_cert(_first_certificate(cert))
                                      ).hexdigest() if cert else ""
@@ -6805,7 +7772,10 @@ def _start_edge(options: argparse.Namespace, token: Optional[str], services: Lis
 
 
 def _state_dir(options: argparse.Namespace, name: str) -> Path:
-    return Path(options.state).expanduser() if options.state else home_dir() / "state" / name
+    if not options.state:
+        return home_dir() / "state" / name
+    path = Path(options.state).expanduser()
+    return path / BRIDGE_NAME if name == BRIDGE_NAME else path   # both may run in one process
 
 
 # -- asking
