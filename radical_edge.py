@@ -125,7 +125,7 @@ MAX_ONCE = 20_000              # answers kept for retries
 MAX_ONCE_BYTES = 24 * 1024 * 1024    # bytes of them
 MAX_WORKERS = 64               # threads that run one plugin's plain `def` handlers
 MAX_EXPIRED = 4096             # expired session ids remembered, so that they are 410 and not 404
-MAX_PRIVATE_FILE = 1024 * 1024  # bytes of a token or state file
+MAX_PRIVATE_FILE = 256 * 1024 * 1024  # bytes of a token or state file
 READ_SIZE = 64 * 1024          # bytes asked of a socket at once; more costs page faults
 MAX_RECORD = 16 * 1024         # bytes in a TLS record (RFC 8446, section 5.1)
 DATA_SIZE = 64 * 1024          # bytes of a body in one frame of wire version 2
@@ -1982,8 +1982,14 @@ def open_websocket(url: BridgeURL, token: Optional[str],
         raise
 
 
+class NotSent(OSError):
+    """The connection could not be made, so that nothing was sent."""
+
+
 def explain(error: BaseException) -> str:
     """Return what a connection error means and what to do about it, in one line."""
+    if isinstance(error, NotSent):
+        return str(error)                         # explained when it was made
     if isinstance(error, ssl.SSLCertVerificationError):
         return (f"the bridge's certificate is not trusted ({error.args[-1]}): give its certificate "
                 "or its fingerprint with --cert or RADICAL_BRIDGE_CERT")
@@ -2377,6 +2383,7 @@ def find_bridge(url: Optional[str] = None, token: Optional[str] = None,
     malformed URL, or one that would send the token in the clear, and EdgeError for a bad file.
     """
     known_url, known_cert = default_bridge()
+    known_url = known_url.partition(",")[0].strip()
     parsed = parse_bridge_url(url or known_url)
     if not parsed.tls and not parsed.is_loopback and \
             os.environ.get("RADICAL_BRIDGE_INSECURE") != "1":
@@ -2385,6 +2392,13 @@ def find_bridge(url: Optional[str] = None, token: Optional[str] = None,
     cert = cert or os.environ.get("RADICAL_BRIDGE_CERT") or \
         (known_cert if parsed == parse_bridge_url(known_url) else None)
     return Target(parsed, token or parsed.token or default_token(), cert or None)
+
+
+def find_bridges(url: Optional[str] = None, token: Optional[str] = None,
+                 cert: Optional[str] = None) -> List[Target]:
+    """Return what find_bridge() does for each of several URLs, which commas separate."""
+    texts = (url or default_bridge()[0]).split(",")
+    return [find_bridge(text.strip(), token, cert) for text in texts if text.strip()]
 
 
 def default_bridge() -> Tuple[str, Optional[str]]:
@@ -2626,7 +2640,8 @@ class Journal:
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._descriptor, self._length = descriptor, 0
-        self._segments.append((number, path))
+        if not self._segments or self._segments[-1][1] != path:  # of an earlier process, if empty
+            self._segments.append((number, path))
 
     def _undo(self) -> None:
         """Cut off half a record, which would damage the next one."""
@@ -2746,8 +2761,8 @@ class StateLock:
     def _is_dead(self, host: str, pid: int, started: int) -> bool:
         if host != self._owner["host"]:
             return self._age() > self.STALE_S
-        if pid == os.getpid() or process_start(pid) != started:
-            return pid != os.getpid()
+        if process_start(pid) != started:
+            return True
         if not is_stopped(pid):
             return False
         state_log.warning("%s belonged to process %d, which is stopped: it is killed", self._path,
@@ -6089,16 +6104,22 @@ def _parse_routes(value: Any) -> List[Tuple[str, str]]:
 class Absence:
     """An edge whose link was lost a moment ago, and the requests that wait for it to come back."""
 
-    def __init__(self, link: EdgeLink, until: float) -> None:
-        self.link, self.until = link, until
+    def __init__(self, name: str, instance: str, token: str, described: str, until: float) -> None:
+        self.name, self.instance, self.token = name, instance, token
+        self.described, self.until = described, until
+        self.plugins: Dict[str, Any] = json.loads(described)["plugins"]
         self.waiting: List[Exchange] = []
 
     def fail(self, exchanges: List[Exchange]) -> None:
         """Give up waiting: the edge has not come back in time."""
         for exchange in exchanges:
             exchange.fail(EdgeOffline(
-                f"edge {self.link.name!r} has lost its link and has not come back: try again later",
+                f"edge {self.name!r} has lost its link and has not come back: try again later",
                 headers=_retry_after(BACKOFF_S[1])))
+
+    def is_same(self, link: EdgeLink) -> bool:
+        """Whether a link is that of this edge: it has its state and its token."""
+        return self.instance == link.instance and self.token == link.identity.name
 
 
 class EdgeRegistry:
@@ -6110,6 +6131,7 @@ class EdgeRegistry:
     def __init__(self, loop: asyncio.AbstractEventLoop, hub: EventHub, counters: Counters,
                  grace: float) -> None:
         self._loop, self.hub, self.counters, self._grace = loop, hub, counters, grace
+        self.on_told: Callable[[], None] = lambda: None          # called at each change
         self.links: Dict[str, EdgeLink] = {}      # by name
         self.absent: Dict[str, Absence] = {}      # by name
         self.unregistered: Set[EdgeLink] = set()  # connected, but not yet registered
@@ -6169,7 +6191,8 @@ class EdgeRegistry:
             bridge_log.info("edge %s is gone: %s", link.name, reason)
             self.on_changed()
             if self._grace > 0 and not link.is_leaving:
-                self.absent[link.name] = Absence(link, self._loop.time() + self._grace)
+                self.absent[link.name] = Absence(link.name, link.instance, link.identity.name,
+                                                 link.described, self._loop.time() + self._grace)
 
     def wait(self, exchange: Exchange, name: str) -> bool:
         """Let a request wait for an edge that may come back; False when there is none."""
@@ -6195,7 +6218,7 @@ class EdgeRegistry:
         absence = self.absent.pop(link.name, None)
         if absence is None:
             return
-        if not absence.link.is_same(link):        # somebody else has this name now
+        if not absence.is_same(link):             # somebody else has this name now
             absence.fail(absence.waiting)
             return
         # after "registered", which tells the edge what the requests will look like
@@ -6259,13 +6282,24 @@ class EdgeRegistry:
             self._told = True
             self._loop.call_later(TOPOLOGY_S * (1 + len(self.links) // 50), self._tell)
 
-    def _present(self) -> Dict[str, EdgeLink]:
+    def snapshot(self) -> Dict[str, List[str]]:
+        """Return what restore() takes, {name: [instance, token's name, description as JSON]}."""
+        return {name: [link.instance, link.identity.name, link.described]
+                for name, link in self.links.items()}
+
+    def restore(self, edges: Dict[str, List[str]]) -> None:
+        """Expect the edges of an earlier process: requests wait for them, but not for long."""
+        until = self._loop.time() + self._grace
+        for name, (instance, token, described) in edges.items():
+            self.absent[name] = Absence(name, instance, token, described, until)
+
+    def _present(self) -> Dict[str, Any]:
         """Return the links by name, those included that may be back in a moment."""
-        absent = {name: absence.link for name, absence in self.absent.items()}
-        return {**absent, **self.links} if absent else self.links
+        return {**self.absent, **self.links} if self.absent else self.links
 
     def _tell(self) -> None:
         self._told = False
+        self.on_told()
         self.hub.publish_topology(self.topology())
         names = {name: {"plugins": list(plugins)}
                  for name, plugins in self.describe_plugins().items()}
@@ -6629,6 +6663,7 @@ class Bridge:
         self.connections: Set[HttpConnection] = set()            # the loop's
         self.stopping = False                     # set by stop(), read everywhere
         self._state_dir = Path(state_dir or home_dir() / "state" / BRIDGE_NAME)
+        self._edges_path = self._state_dir / "edges.json"
         self._journal = Journal(self._state_dir / "events", max_records=MAX_EVENTS,
                                 max_bytes=MAX_EVENT_BYTES, on_written=self._on_written)
         self._hub = EventHub(self.loop, self.counters, self._journal)
@@ -6658,6 +6693,7 @@ class Bridge:
             raise
         self._hub.log.open()
         self._once.open()
+        self._restore_edges()
         self._thread.start()
         self._registry.host = self._host
         self._host.load(select_plugins(self._wanted) if self._wanted else [])
@@ -6829,8 +6865,32 @@ class Bridge:
     def _on_own_notification(self, plugin_name: str, topic: str, data: Any) -> None:
         self._thread.call(self._hub.publish, BRIDGE_NAME, plugin_name, topic, data)
 
+    def _restore_edges(self) -> None:
+        try:
+            self._registry.restore(json.loads(read_private(self._edges_path) or "{}"))
+        except (EdgeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            bridge_log.error("%s: is left out: %s", self._edges_path, error)
+
+    async def _keep_edges(self) -> None:
+        """Write down which edges are here, for the next process to expect them."""
+        changed, workers = asyncio.Event(), Workers("bridge-state", 1)
+        self._registry.on_told = changed.set
+        try:
+            while True:
+                await changed.wait()
+                changed.clear()
+                try:
+                    await workers.call(write_private, self._edges_path,
+                                       encode_json(self._registry.snapshot()))
+                except OSError as error:
+                    bridge_log.error("%s: cannot be written: %s", self._edges_path, error)
+                await asyncio.sleep(RELOAD_S)     # at most so often
+        finally:
+            workers.stop()
+
     async def _start_tasks(self) -> None:
-        self._tasks = [asyncio.ensure_future(self._sweep()), asyncio.ensure_future(self._beat())]
+        self._tasks = [asyncio.ensure_future(self._sweep()), asyncio.ensure_future(self._beat()),
+                       asyncio.ensure_future(self._keep_edges())]
         if self._tokens is not None:
             self._tasks.append(asyncio.ensure_future(self._watch_tokens()))
 
@@ -6932,6 +6992,7 @@ def _add_operation(paths: Dict[str, Dict[str, Any]], path: str, method: str, sum
 
 client_log = logging.getLogger("radical_edge.client")
 CLIENT_TIMEOUT_S = REQUEST_S + 30.0    # the bridge gives up first, and says why
+RETRY_S = 15.0                 # a dropped connection is tried again so long
 
 _ERROR_BY_STATUS: Dict[int, Type[EdgeError]] = {
     int(cls.status): cls for cls in (
@@ -6956,10 +7017,13 @@ class _Connection(http.client.HTTPConnection):
 
     def __init__(self, host: str, target: Target, timeout: float = CLIENT_TIMEOUT_S) -> None:
         super().__init__(host, timeout=timeout)
-        self._target = target
+        self.target = target
 
     def connect(self) -> None:
-        self.sock = open_connection(self._target.url, self._target.cert)
+        try:
+            self.sock = open_connection(self.target.url, self.target.cert)
+        except (OSError, ProtocolError) as error:
+            raise NotSent(explain(error)) from error
         self.sock.settimeout(self.timeout)
 
 
@@ -6977,23 +7041,89 @@ class _Handler(urllib.request.AbstractHTTPHandler):
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
 
-def _urlopen(target: Target, method: str, path: str, body: Any = None,
+class Bridges:
+    """The bridges that a client may use: the one in use, and the others when that one fails.
+
+    Any thread. A request that may be repeated is sent again for RETRY_S when a connection drops:
+    one that only reads or replaces, or one with an Idempotency-Key.
+    """
+
+    def __init__(self, targets: List[Target]) -> None:
+        self._targets = targets
+        self._index = 0                           # of the one in use; a stale value does no harm
+        self._reached = False                     # whether one ever answered; likewise
+
+    @property
+    def current(self) -> Target:
+        """The bridge in use."""
+        return self._targets[self._index % len(self._targets)]
+
+    def fail_over(self, failed: Target) -> bool:
+        """Use the next bridge, if `failed` is still in use; return whether there is another."""
+        if self.current is failed:
+            self._index += 1
+        return self.current is not failed
+
+    def run(self, repeatable: bool, send: Callable[[Target], Any]) -> Any:
+        """Return what `send(target)` returns for the first bridge that works.
+
+        Raises Unavailable when none does, or when nobody knows whether the request was done.
+        """
+        end, pause, tried = time.monotonic() + RETRY_S, 0.05, 0
+        while True:
+            target = self.current
+            try:
+                result = send(target)
+                self._reached = True
+                return result
+            except (OSError, ProtocolError, http.client.HTTPException) as error:
+                tried += 1
+                sent = not isinstance(error, NotSent)
+                if not self._may_repeat(error, sent, repeatable):
+                    raise Unavailable(f"{target.url}: {explain(error)}") from None
+                self.fail_over(target)
+                self._reached = self._reached or sent
+                if tried >= len(self._targets) and (not self._reached or time.monotonic() > end):
+                    raise Unavailable(f"{target.url}: {explain(error)}") from None
+                client_log.info("%s: %s; trying again", target.url, explain(error))
+            if tried >= len(self._targets):       # all were tried: give them time to come back
+                time.sleep(pause * random.uniform(0.5, 1.5))
+                pause = min(2 * pause, 1.0)
+
+    @staticmethod
+    def _may_repeat(error: Exception, sent: bool, repeatable: bool) -> bool:
+        if isinstance(error.__cause__, ssl.SSLCertVerificationError):
+            return False
+        return not sent or repeatable and not isinstance(error, (socket.timeout, TimeoutError))
+
+
+def new_key() -> Dict[str, str]:
+    """Return the field that makes a POST safe to send again."""
+    return {"Idempotency-Key": secrets.token_hex(16)}
+
+
+def _urlopen(targets: List[Target], method: str, path: str, body: Any = None,
              timeout: float = CLIENT_TIMEOUT_S) -> Any:
     """Return the reply's JSON value (None when empty). No redirects: they would carry the token."""
-    headers = {**target.headers, "Accept": "application/json"}
-    data = None
+    headers, data = {"Accept": "application/json"}, None
     if body is not None or method == "POST":
         data = encode_json({} if body is None else body).encode()
         headers["Content-Type"] = "application/json"
-    request = urllib.request.Request(str(target.url) + path, data, headers, method=method)
-    opener = urllib.request.OpenerDirector()
-    opener.add_handler(_Handler(target))
-    try:
-        with opener.open(request, timeout=timeout) as reply:
-            content = reply.read()
-    except (OSError, ProtocolError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise Unavailable(f"{target.url}: {explain(reason)}") from None
+    if method == "POST":
+        headers.update(new_key())
+
+    def send(target: Target) -> Tuple[Any, bytes]:
+        request = urllib.request.Request(str(target.url) + path, data,
+                                         {**target.headers, **headers}, method=method)
+        opener = urllib.request.OpenerDirector()
+        opener.add_handler(_Handler(target))
+        try:
+            with opener.open(request, timeout=timeout) as reply:
+                return reply, reply.read()
+        except urllib.error.URLError as error:
+            raise error.reason if isinstance(error.reason, OSError) else error
+
+    reply, content = Bridges(targets).run(True, send)
     if reply.status >= 400:
         raise make_error(reply.status, reply.headers, content)
     return json.loads(content) if content else None
@@ -7002,14 +7132,14 @@ def _urlopen(target: Target, method: str, path: str, body: Any = None,
 def list_edges(*, url: Optional[str] = None, token: Optional[str] = None,
                cert: Optional[str] = None) -> List[str]:
     """Return the names of the connected edges. Raises EdgeError."""
-    topology = _urlopen(find_bridge(url, token, cert), "POST", "/edge/list")
+    topology = _urlopen(find_bridges(url, token, cert), "POST", "/edge/list")
     return list(topology["data"]["edges"])
 
 
 def list_plugins(edge: str, *, url: Optional[str] = None, token: Optional[str] = None,
                  cert: Optional[str] = None) -> Dict[str, Dict[str, Any]]:
     """Return {plugin: {"type", "namespace", "version", ...}} of an edge. Raises NotFound."""
-    topology = _urlopen(find_bridge(url, token, cert), "POST", "/edge/list")
+    topology = _urlopen(find_bridges(url, token, cert), "POST", "/edge/list")
     edges = topology["data"]["edges"]
     if edge not in edges:
         raise NotFound(f"no edge named {edge!r} is connected; there are: "
@@ -7030,7 +7160,7 @@ def call(edge: str, plugin_name: str, route: str, body: Any = None, *,
     if params:
         path += "?" + urllib.parse.urlencode(params)
     method = method or ("GET" if body is None else "POST")
-    return _urlopen(find_bridge(url, token, cert), method, path, body, timeout)
+    return _urlopen(find_bridges(url, token, cert), method, path, body, timeout)
 
 
 def events(*, url: Optional[str] = None, token: Optional[str] = None, cert: Optional[str] = None,
@@ -7042,7 +7172,8 @@ def events(*, url: Optional[str] = None, token: Optional[str] = None, cert: Opti
     last_id: the id after which to go on. Raises EdgeError when the bridge refuses.
     """
     filters = {"edge": edge, "plugin": plugin_name, "topic": topic}
-    with contextlib.closing(EventStream(find_bridge(url, token, cert), filters, last_id)) as stream:
+    with contextlib.closing(EventStream(Bridges(find_bridges(url, token, cert)), filters,
+                                        last_id)) as stream:
         yield from stream
 
 
@@ -7053,16 +7184,20 @@ def _quote(segment: str) -> str:
 class EventStream:
     """Iterates over a bridge's events; reconnects with backoff and resumes. close() ends it.
 
-    Any thread may call close(). Duplicates, by id, are dropped.
+    Any thread may call close(). Duplicates are dropped: by the event's id, and by the number that
+    its edge gave a notification, which is the same on all bridges. So the stream goes on without a
+    gap at another bridge when one fails.
     """
 
-    def __init__(self, target: Target, filters: Optional[Dict[str, str]] = None,
+    def __init__(self, bridges: Bridges, filters: Optional[Dict[str, str]] = None,
                  last_id: str = "") -> None:
-        self._target = target
+        self._bridges = bridges
         query = urllib.parse.urlencode({name: value for name, value in (filters or {}).items()
                                         if value})
-        self._path = f"{target.url.prefix}/events" + (f"?{query}" if query else "")
+        self._path = "/events" + (f"?{query}" if query else "")
         self._last_id = last_id
+        self._source: Optional[Target] = None     # the bridge that counts as _last_id does
+        self._numbers: Dict[str, int] = {}        # of the last notification, by edge
         self._closed = threading.Event()
         self._sock: Optional[socket.socket] = None
 
@@ -7090,24 +7225,28 @@ class EventStream:
 
     def _read_once(self) -> Iterator[Dict[str, Any]]:
         """Yield the events of one connection."""
-        connection = _Connection(self._target.url.host, self._target,
-                                 timeout=(LINK_DEAD + 1) * HEARTBEAT_S)
+        target = self._bridges.current
+        connection = _Connection(target.url.host, target, timeout=(LINK_DEAD + 1) * HEARTBEAT_S)
+        elsewhere = self._source not in (None, target)
         try:
             connection.connect()
             self._sock = connection.sock
-            headers = {**self._target.headers, "Accept": "text/event-stream"}
+            headers = {**target.headers, "Accept": "text/event-stream"}
             if self._last_id:
-                headers["Last-Event-ID"] = self._last_id
-            connection.request("GET", self._path, headers=headers)
+                # another bridge counts otherwise: take all it has, and drop what was seen
+                headers["Last-Event-ID"] = "0" if elsewhere else self._last_id
+            connection.request("GET", target.url.prefix + self._path, headers=headers)
             reply = connection.getresponse()
             if reply.status != 200:
                 self._refuse(reply)
-            yield from self._parse(reply)
+            self._source = target
+            yield from self._parse(reply, elsewhere)
         finally:
             self._sock = None
             connection.close()
+            self._bridges.fail_over(target)
 
-    def _parse(self, reply: http.client.HTTPResponse) -> Iterator[Dict[str, Any]]:
+    def _parse(self, reply: http.client.HTTPResponse, elsewhere: bool) -> Iterator[Dict[str, Any]]:
         parser = EventParser()
         while not self._closed.is_set():
             data = reply.read1(READ_SIZE)
@@ -7115,10 +7254,22 @@ class EventStream:
                 return
             for event in parser.feed(data):
                 value = json.loads(event.data)
-                if event.id and event.id == self._last_id and value["topic"] != "topology":
-                    continue                      # seen before the connection broke
+                seen = event.id and event.id == self._last_id or self._was_seen(value)
                 self._last_id = event.id or self._last_id
-                yield {**value, "id": self._last_id}
+                # what is gone at a bridge that was not followed is no gap
+                if value["topic"] == "topology" or not (
+                        seen or elsewhere and value["topic"] == "gap"):
+                    yield {**value, "id": self._last_id}
+
+    def _was_seen(self, value: Dict[str, Any]) -> bool:
+        """Whether a notification came before, by the number that its edge gave it."""
+        if value["topic"] != "notification" or not value["data"].get("number"):
+            return False
+        edge, number = value["data"]["edge"], value["data"]["number"]
+        if number <= self._numbers.get(edge, 0):
+            return True
+        self._numbers[edge] = number
+        return False
 
     @staticmethod
     def _refuse(reply: http.client.HTTPResponse) -> None:
@@ -7157,12 +7308,16 @@ class HttpResponse:
 
 
 class HttpClient:
-    """Sends requests to one bridge over connections that it keeps alive. Any thread may use it."""
+    """Sends requests over connections that it keeps alive, to one bridge or, when that fails, to
+    another. Any thread may use it.
+
+    A POST gets an Idempotency-Key, so that it may be sent again when a connection drops.
+    """
 
     MAX_IDLE = 16
 
-    def __init__(self, target: Target, timeout: float = CLIENT_TIMEOUT_S) -> None:
-        self._target, self._timeout = target, timeout
+    def __init__(self, bridges: Bridges, timeout: float = CLIENT_TIMEOUT_S) -> None:
+        self._bridges, self._timeout = bridges, timeout
         self._lock = threading.Lock()
         self._idle: List[_Connection] = []        # guarded by _lock
 
@@ -7178,28 +7333,48 @@ class HttpClient:
         return self.request("POST", path, json=json, content=content, params=params,
                             headers=headers)
 
-    def request(self, method: str, path: str, *, json: Any = None, content: Optional[bytes] = None,
+    def request(self, method: str, path: str, *, json: Any = None, content: Any = None,
                 params: Optional[Dict[str, Any]] = None,
                 headers: Optional[Dict[str, str]] = None) -> HttpResponse:
         """Send a request and return its reply, whatever the status.
 
-        Raises Unavailable when the bridge cannot be reached or hangs up.
+        content: bytes, or an open file or an iterable of bytes, which is sent as it is read and
+        cannot be sent again. Raises Unavailable when no bridge can be reached, or when a
+        connection drops and nobody knows whether the request was done.
         """
-        fields = {**self._target.headers, **(headers or {})}
+        fields = {**new_key(), **(headers or {})} if method == "POST" else dict(headers or {})
         if json is not None:
             content, fields["Content-Type"] = encode_json(json).encode(), "application/json"
         if params:
             path += "?" + urllib.parse.urlencode(params)
-        connection = self._take()
+        whole = content is None or isinstance(content, (bytes, str))
+
+        def send(target: Target) -> HttpResponse:
+            connection, reply = self._send(target, method, path, content, fields)
+            response = HttpResponse(reply.status, reply.headers, self._read(connection, reply))
+            self._give_back(connection, reply)
+            return response
+
+        return self._bridges.run(whole, send)
+
+    @contextlib.contextmanager
+    def stream(self, method: str, path: str, *, content: Any = None,
+               params: Optional[Dict[str, Any]] = None,
+               headers: Optional[Dict[str, str]] = None) -> Iterator[http.client.HTTPResponse]:
+        """Send a request and give its reply as http.client has it: read(n) reads on.
+
+        Raises as request() does, and EdgeError for a status of 400 or more.
+        """
+        if params:
+            path += "?" + urllib.parse.urlencode(params)
+        connection, reply = self._bridges.run(False, lambda target: self._send(
+            target, method, path, content, dict(headers or {})))
         try:
-            connection.request(method, self._target.url.prefix + path, content, fields)
-            reply = connection.getresponse()
-            response = HttpResponse(reply.status, reply.headers, reply.read())
-        except (OSError, ProtocolError, http.client.HTTPException) as error:
+            if reply.status >= 400:
+                raise make_error(reply.status, reply.headers, self._read(connection, reply))
+            yield reply
+        finally:
             connection.close()
-            raise Unavailable(f"{self._target.url}: {explain(error)}") from None
-        self._give_back(connection, reply)
-        return response
 
     def close(self) -> None:
         """Close the idle connections."""
@@ -7208,14 +7383,36 @@ class HttpClient:
         for connection in idle:
             connection.close()
 
-    def _take(self) -> _Connection:
+    def _send(self, target: Target, method: str, path: str, content: Any,
+              fields: Dict[str, str]) -> Tuple[_Connection, http.client.HTTPResponse]:
+        connection = self._take(target)
+        try:
+            connection.request(method, target.url.prefix + path, content,
+                               {**target.headers, **fields},
+                               encode_chunked="Content-Length" not in fields)
+            return connection, connection.getresponse()
+        except BaseException:
+            connection.close()
+            raise
+
+    @staticmethod
+    def _read(connection: _Connection, reply: http.client.HTTPResponse) -> bytes:
+        try:
+            return reply.read()
+        except BaseException:
+            connection.close()
+            raise
+
+    def _take(self, target: Target) -> _Connection:
         while True:
             with self._lock:
                 connection = self._idle.pop() if self._idle else None
             if connection is None:
-                return _Connection(self._target.url.host, self._target, self._timeout)
+                made = _Connection(target.url.host, target, self._timeout)
+                made.connect()
+                return made
             # an idle connection that is readable was closed by the bridge
-            if not select.select([connection.sock], [], [], 0)[0]:
+            if connection.target is target and not select.select([connection.sock], [], [], 0)[0]:
                 return connection
             connection.close()
 
@@ -7237,14 +7434,16 @@ _CallbackKey = Tuple[Optional[str], Optional[str], Optional[str]]
 class BridgeClient:
     """A program's connection to a bridge: edges, their plugins, and callbacks for events.
 
+    url: of the bridge, or of several, separated by commas, of which one that works is used.
+
     Callbacks run one after the other, in a thread of the client's own. register_callback() returns
     once the subscription stands: what happens after it is not missed.
     """
 
     def __init__(self, url: Optional[str] = None, cert: Optional[str] = None,
                  token: Optional[str] = None, timeout: float = CLIENT_TIMEOUT_S) -> None:
-        self._target = find_bridge(url, token, cert)
-        self._http = HttpClient(self._target, timeout)
+        self._bridges = Bridges(find_bridges(url, token, cert))
+        self._http = HttpClient(self._bridges, timeout)
         self._lock = threading.Lock()
         self._callbacks: Dict[_CallbackKey, List[Callback]] = {}                 # guarded by _lock
         self._topology_callbacks: List[Callable[[Dict[str, Any]], None]] = []    # guarded by _lock
@@ -7321,14 +7520,15 @@ class BridgeClient:
         """
         with self._lock:
             if self._listener is None:
-                self._stream = EventStream(self._target)
+                self._stream = EventStream(self._bridges)
                 self._listener = threading.Thread(target=self._listen, args=(self._stream,),
                                                   name="client-events", daemon=True)
                 self._listener.start()
             if threading.current_thread() is self._listener:
                 return                            # a callback that registers another
         if not self._listening.wait(timeout):
-            raise Unavailable(f"{self._target.url}: no event stream within {timeout:.0f} s")
+            raise Unavailable(f"{self._bridges.current.url}: no event stream within {timeout:.0f} "
+                              "s")
         if self._listen_error is not None:
             raise self._listen_error
 
@@ -7785,13 +7985,13 @@ def _arguments(options: argparse.Namespace) -> Dict[str, Optional[str]]:
 
 
 def _run_list(options: argparse.Namespace) -> int:
-    target = find_bridge(**_arguments(options))
-    edges = _urlopen(target, "POST", "/edge/list")["data"]["edges"]
+    targets = find_bridges(**_arguments(options))
+    edges = _urlopen(targets, "POST", "/edge/list")["data"]["edges"]
     for name, edge in sorted(edges.items()):
         print(f"{name}: {', '.join(sorted(edge['plugins'])) or 'no plugins'}")
     if not edges:
         print(f"no edge is connected; on the machine to reach, run:\n"
-              f"  python radical_edge.py --edge --url {target.url}")
+              f"  python radical_edge.py --edge --url {targets[0].url}")
     return 0
 
 
@@ -7865,18 +8065,18 @@ def _run_token(options: argparse.Namespace) -> int:
 
 def _run_check(options: argparse.Namespace) -> int:
     """Try, one after the other, what an edge and a client need; return 1 when something fails."""
-    target = find_bridge(**_arguments(options))
+    results = [_check_bridge(target) for target in find_bridges(**_arguments(options))]
+    return 0 if _check_plugins(options) and all(results) else 1
+
+
+def _check_bridge(target: Target) -> bool:
     steps: List[Tuple[str, Callable[[], str]]] = [
         ("name", lambda: _check_name(target)), ("route", lambda: _check_route(target)),
         ("TLS", lambda: _check_tls(target)), ("token", lambda: _check_token(target)),
         ("upgrade", lambda: _check_upgrade(target))]
     print(f"bridge   {target.url}")
-    good = True
-    for name, step in steps:
-        good = _check_step(name, step)
-        if not good:
-            break                                 # what follows would fail for the same reason
-    return 0 if _check_plugins(options) and good else 1
+    # after one that fails, what follows would fail for the same reason
+    return all(_check_step(name, step) for name, step in steps)
 
 
 def _check_step(name: str, step: Callable[[], str]) -> bool:
@@ -7917,7 +8117,7 @@ def _check_token(target: Target) -> str:
         raise Unauthorized(f"there is none: set RADICAL_BRIDGE_TOKEN or write it to "
                            f"{home_dir() / 'token'} (chmod 600)")
     try:
-        edges = _urlopen(target, "GET", "/edges", timeout=HANDSHAKE_S)["edges"]
+        edges = _urlopen([target], "GET", "/edges", timeout=HANDSHAKE_S)["edges"]
     except Forbidden:                             # an edge's token is for registering alone
         return "accepted, though not for clients"
     return f"accepted; edges: {', '.join(edge['name'] for edge in edges) or 'none yet'}"

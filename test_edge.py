@@ -14,6 +14,7 @@ import os
 import queue
 import random
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -2594,7 +2595,7 @@ class FakeEdge2(FakeEdge):
 
     def __init__(self, bridge, token, name, **register):
         super().__init__(bridge, token, name, wire=[1, 2], instance="i", **register)
-        self.hear("registered")
+        self.acked = self.hear("registered")["acked"]
 
     def say_wire(self, kind, stream, head=None, body=b"", end=False):
         payload = radical_edge.encode_wire(kind, stream, head, end=end) + body
@@ -3505,6 +3506,547 @@ def test_a_hostile_bridge_does_not_break_an_edge(tokens, home):
 
 
 # ---------------------------------------------------------------------------
+# What outlives a process: journals, answers, the state directory
+# ---------------------------------------------------------------------------
+
+@pytest.fixture
+def journal(tmp_path):
+    """Make journals of one directory, one after the other, as restarted processes do."""
+    made = []
+
+    def make(max_records=1000, max_bytes=1 << 20, **options):
+        for earlier in made:
+            earlier.close()
+        made.append(radical_edge.Journal(tmp_path / "journal", max_records=max_records,
+                                         max_bytes=max_bytes, **options))
+        made[-1].open()
+        return made[-1]
+
+    yield make
+    for item in made:
+        item.close()
+
+
+def written(journal, number):
+    event = threading.Event()
+    journal.when_written(number, event.set)
+    assert event.wait(10)
+
+
+def contents(journal):
+    records = [journal.get(number) for number in range(journal.first, journal.last + 1)]
+    return [(record.head, record.body) for record in records if record is not None]
+
+
+def test_a_journal_is_read_by_the_next_process_and_its_numbers_go_on(journal):
+    first = journal()
+    begin = first.last
+    assert abs(begin - time.time() * 1000) < 60_000
+    for number in range(5):
+        record = first.append(["topic", number], b'{"n":%d}' % number)
+        assert record.number == begin + 1 + number
+    second = journal()
+    assert contents(second) == [(["topic", n], b'{"n":%d}' % n) for n in range(5)]
+    assert second.append(["more"], b"1").number == begin + 6
+    second.drop_until(begin + 6)
+    assert contents(second) == [] and second.get(begin + 6) is None
+    third = journal()                             # the numbers go on although nothing is left
+    assert third.append(["again"], b"2").number == begin + 7
+
+
+def test_a_journal_keeps_within_its_bounds_and_counts_what_it_drops(journal, tmp_path,
+                                                                    monkeypatch):
+    monkeypatch.setattr(radical_edge.Journal, "SEGMENT", 2000)
+    kept = journal(max_records=10)
+    for number in range(100):
+        last = kept.append([], b"%d" % number).number
+        written(kept, last)
+    assert [body for _, body in contents(kept)] == [b"%d" % n for n in range(90, 100)]
+    assert kept.dropped == 90
+    wait_until(lambda: len(list((tmp_path / "journal").iterdir())) <= 2)
+    small = journal(max_bytes=3 * 1400)
+    for _ in range(10):
+        small.append([], b"x" * 1000)
+    assert len(contents(small)) == 3
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: data + b"[17,\"half a rec",                  # killed in the middle of a write
+    lambda data: data[:-3], lambda data: data.replace(b"[", b"{", 1),
+    lambda data: b"\x00\xff\n" + data, lambda data: b"", lambda data: data + data])
+def test_a_damaged_journal_loses_only_what_is_damaged(journal, tmp_path, damage, caplog):
+    first = journal()
+    for number in range(10):
+        last = first.append(["t"], b"%d" % number).number
+    first.close()
+    (path,) = (tmp_path / "journal").iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    second = journal()
+    found = [int(body) for _, body in contents(second)]
+    assert found == sorted(set(found)) and (len(found) >= 9 or not path.stat().st_size)
+    assert second.append(["t"], b"10").number >= last - 9
+    third = journal()
+    assert [int(body) for _, body in contents(third)] == found + [10]
+
+
+def test_a_full_disk_stops_nothing_and_is_made_up_for_later(journal, monkeypatch, caplog):
+    kept, full = journal(), threading.Event()
+    real = os.write
+
+    def write(descriptor, data):
+        if full.is_set() and descriptor == kept._descriptor:
+            real(descriptor, data[:5])            # some of it still fits
+            raise OSError(28, "No space left on device")
+        return real(descriptor, data)
+
+    monkeypatch.setattr(os, "write", write)
+    written(kept, kept.append([], b"1").number)
+    full.set()
+    written(kept, kept.append([], b"2").number)   # told nonetheless: it is sent from memory
+    assert "No space left" in caplog.text
+    full.clear()
+    written(kept, kept.append([], b"3").number)
+    assert [body for _, body in contents(journal())] == [b"1", b"2", b"3"]
+
+
+def restarted(bridge, tokens, **options):
+    port = bridge._listener.server_address[1]
+    assert bridge.stop()
+    return Bridge(port=port, tokens=tokens[0], **options).start()
+
+
+def test_events_are_replayed_over_a_restart_of_the_bridge_without_a_gap(tokens):
+    bridge = Bridge(port=0, tokens=tokens[0]).start()
+    edge = start_edge(bridge, tokens)
+    try:
+        listener = Listener(Raw(bridge, tokens[1]["admin"]))
+        for number in range(20):
+            edge.host.notify("echo", "count", {"n": number})
+        for number in range(10):
+            assert listener.notification()["data"]["n"] == number
+        listener.raw.close()
+        wait_until(lambda: edge.journal.first > edge.journal.last)       # all acknowledged
+        last_id = bridge._hub.log.last_id - 10
+        bridge = restarted(bridge, tokens)
+        assert bridge._hub.log.last_id == last_id + 10                # it never goes backwards
+        listener = Listener(Raw(bridge, tokens[1]["admin"]), headers=[("Last-Event-ID", last_id)])
+        assert [listener.notification()["data"]["n"] for _ in range(10)] == list(range(10, 20))
+        listener.raw.close()
+    finally:
+        assert edge.stop()
+        assert bridge.stop()
+
+
+def test_what_is_gone_is_told_exactly(bridge, raw, monkeypatch):
+    monkeypatch.setattr(bridge._journal, "_max_records", 5)
+    log = bridge._hub.log
+    begin = log.last_id
+    for number in range(20):
+        bridge._thread.submit(publish(bridge, number)).result()
+    listener = Listener(raw(), headers=[("Last-Event-ID", str(begin + 3))])
+    assert listener.read()["topic"] == "topology"
+    gap = listener.read()
+    assert gap["topic"] == "gap" and gap["data"] == {"from": begin + 4, "to": begin + 15}
+    assert [listener.notification()["data"] for _ in range(5)] == list(range(15, 20))
+    beyond = Listener(raw(), headers=[("Last-Event-ID", str(begin + 999))])
+    beyond.read()
+    assert beyond.read()["data"]["to"] == begin + 20
+
+
+async def publish(bridge, data, **options):
+    return bridge._hub.publish("e", "p", "t", data, **options)
+
+
+def test_notifications_outlive_a_kill_of_their_edge(tokens, home):
+    """The journal of an edge that was killed is sent by the next one."""
+    state = home / "state"
+    left = radical_edge.Journal(state / "notifications", max_records=9, max_bytes=10_000)
+    left.open()
+    for number in range(3):
+        left.append(["echo", "count"], b'{"n":%d}' % number)
+    left.close()
+    bridge = Bridge(port=0, tokens=tokens[0]).start()
+    begin = bridge._hub.log.last_id
+    edge = start_edge(bridge, tokens, state_dir=state)
+    try:
+        edge.host.notify("echo", "count", {"n": 3})
+        listener = Listener(Raw(bridge, tokens[1]["admin"]), headers=[("Last-Event-ID", begin)])
+        assert [listener.notification()["data"]["n"] for _ in range(4)] == [0, 1, 2, 3]
+        wait_until(lambda: edge.journal.first > edge.journal.last)
+        listener.raw.close()
+    finally:
+        assert edge.stop()
+        assert bridge.stop()
+
+
+def test_a_notification_that_is_sent_again_is_acknowledged_and_not_told_again(bridge, tokens, raw):
+    listener = Listener(raw())
+    listener.read()
+    Kind = radical_edge.Kind
+    for attempt in range(2):                      # the second link did not hear of the first's acks
+        fake = FakeEdge2(bridge, tokens[1]["edge"], "f2")
+        for number in (7, 8, 9)[:attempt + 2]:
+            fake.say_wire(Kind.NOTIFICATION, 0, [number, "p", "t"], b'{"n":%d}' % number)
+        assert wait_until(lambda: fake.hear_wire(Kind.ACK).number == 8 + attempt)
+        fake.close()
+        wait_until(lambda: not bridge._registry.links)
+    assert [listener.notification()["number"] for _ in range(3)] == [7, 8, 9]
+    assert FakeEdge2(bridge, tokens[1]["edge"], "f2").acked == 9
+
+
+def test_an_edge_sends_no_more_notifications_than_may_be_on_their_way(tokens, monkeypatch):
+    """Replies queue behind few of them: without acknowledgements only NOTIFY_WINDOW are sent."""
+    bridge = Bridge(port=0, tokens=tokens[0]).start()
+    edge = start_edge(bridge, tokens)
+    try:
+        monkeypatch.setattr(radical_edge.EdgeLink, "acknowledge", lambda link, written: False)
+        begin = bridge._hub.log.last_id
+        for number in range(1000):
+            edge.host.notify("echo", "count", {"n": number})
+        log = bridge._hub.log
+        wait_until(lambda: log.last_id - begin >= radical_edge.NOTIFY_WINDOW)
+        client = Raw(bridge, tokens[1]["admin"])
+        for _ in range(20):
+            assert client.request("GET", "/e1/echo/hello")[0] == 200
+        assert log.last_id - begin <= radical_edge.NOTIFY_WINDOW + 1
+        client.close()
+    finally:
+        assert edge.stop()
+        assert bridge.stop()
+
+
+class Counting(Plugin):
+    """Counts how often its handlers run."""
+
+    def __init__(self, app, instance_name=None):
+        super().__init__(app, instance_name)
+        self.runs = []
+        self.may_go = threading.Event()
+
+    @post("run/{name}")
+    async def run(self, request):
+        self.runs.append(request.path_params["name"])
+        return {"run": len(self.runs)}
+
+    @post("slow")
+    def slow(self, request):
+        self.runs.append("slow")
+        assert self.may_go.wait(30)
+        return {"run": len(self.runs)}
+
+    @post("fails/{status}")
+    async def fails(self, request):
+        self.runs.append("fails")
+        raise EdgeError("as you asked", int(request.path_params["status"]))
+
+    @post("again")
+    @radical_edge.repeatable
+    async def again(self, request):
+        self.runs.append(request.idempotency_key)
+        return {}
+
+
+@pytest.fixture
+def counting(edge, raw):
+    made = edge.host.add(Counting, "c")
+    client = raw()
+    wait_until(lambda: client.request("GET", "/e1/c/version")[0] == 200)
+    return made
+
+
+def key(text):
+    return [("Idempotency-Key", text)]
+
+
+def test_a_request_with_a_key_runs_once(counting, raw, tokens):
+    client = raw()
+    first = client.request("POST", "/e1/c/run/a", headers=key("k1"))
+    again = client.request("POST", "/e1/c/run/a", headers=key("k1"))
+    assert json.loads(first[2]) == json.loads(again[2]) == {"run": 1}
+    assert again[1]["x-idempotent-replay"] == "true" and "x-idempotent-replay" not in first[1]
+    assert_error(client.request("POST", "/e1/c/run/b", headers=key("k1")), 422, "another request")
+    assert_error(client.request("POST", "/e1/c/run/a", b"{}", key("k1")), 422, "another request")
+    assert json.loads(client.request("POST", "/e1/c/run/a", headers=key("k2"))[2]) == {"run": 2}
+    other = raw(tokens[1]["client"])              # keys are each token's own
+    assert json.loads(other.request("POST", "/e1/c/run/a", headers=key("k1"))[2]) == {"run": 3}
+    assert json.loads(client.request("POST", "/e1/c/run/a")[2]) == {"run": 4}
+
+
+def test_a_retry_that_comes_too_early_gets_the_same_answer(counting, raw):
+    clients = [raw() for _ in range(5)]
+    for client in clients:
+        client.send_request("POST", "/e1/c/slow", headers=key("k"))
+    wait_until(lambda: counting.runs)
+    clients[0].close()                            # its going away cancels nothing
+    counting.may_go.set()
+    assert [json.loads(client.reply()[2]) for client in clients[1:]] == [{"run": 1}] * 4
+
+
+def test_an_error_is_an_answer_too_but_not_one_that_says_not_now(counting, raw):
+    client = raw()
+    for _ in range(2):
+        assert_error(client.request("POST", "/e1/c/fails/409", headers=key("k")), 409)
+    assert len(counting.runs) == 1
+    for _ in range(2):
+        assert_error(client.request("POST", "/e1/c/fails/503", headers=key("l")), 503)
+    assert len(counting.runs) == 3
+
+
+def test_answers_are_kept_over_a_restart_of_the_edge(bridge, tokens, raw, home, monkeypatch):
+    state, client = home / "state", raw()
+
+    def start(fails):
+        edge = start_edge(bridge, tokens, state_dir=state)
+        made = edge.host.add(Counting, "c")
+        if fails:                                 # as if it were killed before it answered
+            monkeypatch.setattr(radical_edge._OnceCall, "respond", lambda *_: None)
+        wait_until(lambda: client.request("GET", "/e1/c/version")[0] == 200)
+        return edge, made
+
+    edge, made = start(fails=False)
+    assert client.request("POST", "/e1/c/run/a", headers=key("done"))[0] == 200
+    monkeypatch.setattr(radical_edge._OnceCall, "respond", lambda *_: None)
+    for path in ("run/a", "again"):
+        other = raw()
+        other.send_request("POST", f"/e1/c/{path}", headers=key(f"begun {path}"))
+    wait_until(lambda: len(made.runs) == 3)
+    assert edge.stop()
+    monkeypatch.undo()
+    edge, made = start(fails=False)
+    try:
+        reply = client.request("POST", "/e1/c/run/a", headers=key("done"))
+        assert json.loads(reply[2]) == {"run": 1} and made.runs == []
+        reply = client.request("POST", "/e1/c/run/a", headers=key("begun run/a"))
+        assert_error(reply, 409, "may have been done")
+        assert client.request("POST", "/e1/c/again", headers=key("begun again"))[0] == 200
+        assert made.runs == ["begun again"]
+    finally:
+        assert edge.stop()
+
+
+def test_a_request_waits_for_an_edge_that_comes_back(bridge, fake_edge, raw):
+    fake, clients = fake_edge("f1", instance="i"), [raw() for _ in range(4)]
+    fake.hear("topology")
+    clients[0].send_request("GET", "/f1/p/begun")
+    clients[1].send_request("POST", "/f1/p/keyed", b"body", key("k"))
+    clients[2].send_request("POST", "/f1/p/lost", b"body")
+    for _ in range(3):
+        fake.hear("request")
+    fake.close()
+    assert_error(clients[2].reply(), 503, "look before")         # it may have been done
+    edges = json.loads(clients[2].request("GET", "/edges")[2])["edges"]
+    assert [(edge["name"], edge["connected"]) for edge in edges] == [("f1", False)]
+    clients[3].send_request("GET", "/f1/p/new")
+    wait_until(lambda: len(bridge._registry.absent["f1"].waiting) == 3)
+    fake = fake_edge("f1", instance="i")
+    asked = {}
+    for _ in range(3):
+        request = fake.hear("request")
+        asked[request["path"]] = request["body"]
+        fake.say(type="response", req_id=request["req_id"], status=200, body=request["path"])
+    assert asked == {"/p/begun": None, "/p/keyed": "body", "/p/new": None}
+    assert [clients[n].reply()[2] for n in (0, 1, 3)] == [b"/p/begun", b"/p/keyed", b"/p/new"]
+
+
+def test_an_edge_that_stays_away_is_503_in_the_end_and_one_that_left_at_once(
+        tokens, fake_edge, bridge, raw, monkeypatch):
+    monkeypatch.setattr(bridge._registry, "_grace", 0.3)
+    fake, client = fake_edge("f1"), raw()
+    fake.hear("topology")
+    fake.close()
+    wait_until(lambda: "f1" in bridge._registry.absent)
+    assert_error(client.request("GET", "/f1/p/x"), 503, "has not come back")
+    assert_error(client.request("GET", "/f1/p/x"), 404)
+    fake = fake_edge("f1")
+    fake.hear("topology")
+    fake.send(encode_close(1001, "bye", mask=b"abcd"))
+    wait_until(lambda: client.request("GET", "/f1/p/x")[0] == 404)
+
+
+def test_somebody_else_with_the_same_name_does_not_get_the_waiting_requests(bridge, fake_edge, raw):
+    fake, client = fake_edge("f1", instance="i"), raw()
+    fake.hear("topology")
+    fake.close()
+    wait_until(lambda: "f1" in bridge._registry.absent)
+    client.send_request("POST", "/f1/p/secret", b"for i alone")
+    wait_until(lambda: bridge._registry.absent["f1"].waiting)
+    fake_edge("f1", instance="j").hear("topology")
+    assert_error(client.reply(), 503)
+
+
+# -- the state directory
+
+def lock_in(folder, lost=lambda: None):
+    return radical_edge.StateLock(folder, lost)
+
+
+def owner(**changed):
+    """The text of a lock whose owner is this process, but for `changed`."""
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "key": "k",
+           "started": radical_edge.process_start(os.getpid())}
+    return json.dumps({**own, **changed})
+
+
+def test_a_state_directory_has_one_process(tmp_path):
+    folder = tmp_path / "state"
+    first = lock_in(folder)
+    first.acquire()
+    with pytest.raises(radical_edge.Conflict, match=f"process {os.getpid()} "):
+        lock_in(folder).acquire()
+    first.release()
+    second = lock_in(folder)
+    second.acquire()
+    second.release()
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", [
+    owner(pid=2 ** 22 + 1), owner(started=12345), owner(pid=1, started=5)])
+def test_the_lock_of_a_process_that_is_gone_is_taken_over(tmp_path, text):
+    (tmp_path / "lock").write_text(text)
+    lock = lock_in(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+@pytest.mark.parametrize("text", [owner(host="login2", pid=1), "{half", "", "[]"])
+def test_a_lock_of_another_host_holds_until_it_is_not_touched_any_more(tmp_path, text):
+    (tmp_path / "lock").write_text(text)
+    with pytest.raises(radical_edge.Conflict):
+        lock_in(tmp_path).acquire()
+    long_ago = time.time() - radical_edge.StateLock.STALE_S - 1
+    os.utime(tmp_path / "lock", (long_ago, long_ago))
+    lock = lock_in(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+def test_one_of_many_processes_gets_a_stale_lock(tmp_path):
+    (tmp_path / "lock").write_text(owner(pid=2 ** 22 + 1))
+    program = ("import sys, radical_edge, pathlib\n"
+               "lock = radical_edge.StateLock(pathlib.Path(sys.argv[1]), lambda: None)\n"
+               "sys.stdin.readline()\n"
+               "try: lock.acquire(); print('mine', flush=True)\n"
+               "except radical_edge.EdgeError: print('taken', flush=True)\n"
+               "sys.stdin.readline(); lock.release()")
+    racers = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(6)]
+    for _ in range(2):
+        for racer in racers:
+            racer.stdin.write("\n")
+            racer.stdin.flush()
+        if _ == 0:
+            found = [racer.stdout.readline().strip() for racer in racers]
+    for racer in racers:
+        racer.communicate(timeout=20)
+    assert sorted(found) == ["mine"] + ["taken"] * 5
+
+
+def test_who_has_lost_its_state_directory_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(radical_edge.StateLock, "BEAT_S", 0.05)
+    lost = threading.Event()
+    lock = lock_in(tmp_path, lost.set)
+    lock.acquire()
+    (tmp_path / "lock").write_text(owner(key="another"))
+    assert lost.wait(10)
+    lock.release()
+    assert (tmp_path / "lock").exists()           # it is the other's now
+
+
+def test_a_second_edge_of_the_same_name_says_who_has_it(start, home):
+    start("--bridge", "--port", "0", expect="bridge: http")
+    start("--edge", "--name", "site", expect="edge: site")
+    said = run("--edge", "--name", "site", status=1)
+    assert "belongs to process" in said and "--name" in said
+    run("--bridge", "--port", "0", status=1)
+
+
+def test_a_frozen_edge_is_replaced_by_a_new_process_of_its_name(start, home):
+    start("--bridge", "--port", "0", expect="bridge: http")
+    frozen = start("--edge", "--name", "site", expect="edge: site")
+    wait_until(lambda: "site" in run("--list"))
+    os.kill(frozen.process.pid, signal.SIGSTOP)
+    start("--edge", "--name", "site", expect="edge: site")
+    assert json.loads(run("--call", "site/sysinfo/homedir")) == {"homedir": str(home)}
+    assert frozen.process.wait(10) == -signal.SIGKILL
+
+
+# -- clients that go on
+
+def test_a_post_that_lost_its_connection_is_sent_again_and_runs_once(tokens):
+    bridge = Bridge(port=0, tokens=tokens[0]).start()
+    edge = start_edge(bridge, tokens)
+    made = edge.host.add(Counting, "c")
+    client = BridgeClient(bridge.url, token=tokens[1]["admin"])
+    answers = []
+    try:
+        wait_until(lambda: client.http.get("/e1/c/version").status_code == 200)
+        thread = threading.Thread(target=lambda: answers.append(client.http.post("/e1/c/slow")))
+        thread.start()
+        wait_until(lambda: made.runs)
+        bridge = restarted(bridge, tokens)
+        made.may_go.set()
+        thread.join(30)
+        assert answers[0].json() == {"run": 1}
+    finally:
+        client.close()
+        assert edge.stop()
+        assert bridge.stop()
+
+
+def test_clients_and_events_go_on_at_another_bridge(tokens):
+    bridges = [Bridge(port=0, tokens=tokens[0], state_dir=Path(os.environ["HOME"], name)).start()
+               for name in ("b1", "b2")]
+    edge = Edge([bridge.url for bridge in bridges], "e1", plugins=["echo"],
+                token=tokens[1]["edge"]).start()
+    urls, found = ",".join(bridge.url for bridge in bridges), queue.Queue()
+    client = BridgeClient(urls, token=tokens[1]["admin"])
+    try:
+        wait_until(lambda: all("e1" in bridge._registry.links for bridge in bridges))
+        client.register_callback(callback=lambda *event: found.put(event[3]["n"]))
+        for number in range(5):
+            edge.host.notify("echo", "count", {"n": number})
+        assert [found.get(timeout=10) for _ in range(5)] == list(range(5))
+        for number in range(5, 10):               # told by the other one, as this one dies
+            edge.host.notify("echo", "count", {"n": number})
+        wait_until(lambda: edge.journal.first > edge.journal.last)
+        assert bridges[0].stop()
+        for number in range(10, 15):
+            edge.host.notify("echo", "count", {"n": number})
+        assert [found.get(timeout=20) for _ in range(10)] == list(range(5, 15))
+        assert client.http.get("/e1/echo/hello").status_code == 200
+        assert radical_edge.call("e1", "echo", "hello", url=urls, token=tokens[1]["admin"])
+        assert radical_edge.list_edges(url=urls, token=tokens[1]["admin"]) == ["e1"]
+    finally:
+        client.close()
+        assert edge.stop()
+        for bridge in bridges[1:]:
+            assert bridge.stop()
+
+
+def test_no_bridge_at_all_is_said_at_once():
+    begin = time.monotonic()
+    with pytest.raises(radical_edge.Unavailable, match="nothing listens"):
+        radical_edge.list_edges(url="http://127.0.0.1:9,http://localhost:9", token="t")
+    assert time.monotonic() - begin < radical_edge.RETRY_S / 2
+
+
+def test_the_client_streams_a_file_up_and_down(streaming, bridge, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"".join(pieces_of(3_000_000)))
+    streaming.file = path
+    with BridgeClient(bridge.url) as client:
+        with open(path, "rb") as file:
+            answer = client.http.request("PUT", "/e1/s/hash", content=file)
+        assert answer.json()["sha256"] == digest_of(3_000_000)
+        with client.http.stream("GET", "/e1/s/file", headers={"Range": "bytes=5-"}) as reply:
+            assert reply.read() == path.read_bytes()[5:]
+        with pytest.raises(radical_edge.NotFound):
+            with client.http.stream("GET", "/e1/s/none"):
+                pass
+
+
+# ---------------------------------------------------------------------------
 # The client
 # ---------------------------------------------------------------------------
 
@@ -3601,7 +4143,8 @@ def test_topology_callbacks_are_called_at_once_and_on_changes(bridge, fake_edge)
 def test_an_event_stream_goes_on_after_the_bridge_was_restarted(tokens):
     bridge = Bridge(port=0, tokens=tokens[0]).start()
     port, found = bridge._listener.server_address[1], []
-    stream = radical_edge.EventStream(radical_edge.find_bridge(bridge.url))
+    stream = radical_edge.EventStream(
+        radical_edge.Bridges(radical_edge.find_bridges(bridge.url)))
 
     def read():
         for event in stream:
@@ -4348,7 +4891,7 @@ def test_a_signal_ends_everything_within_three_seconds_also_when_a_plugin_blocks
 
 def test_a_bridge_is_ended_by_a_client(start):
     bridge = start("--bridge", "--port", "0", expect="bridge: http")
-    answer = radical_edge._urlopen(radical_edge.find_bridge(), "POST", "/bridge/terminate")
+    answer = radical_edge._urlopen(radical_edge.find_bridges(), "POST", "/bridge/terminate")
     assert answer["status"] == "terminating"
     assert bridge.process.wait(5) == 0
 
