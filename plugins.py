@@ -808,7 +808,7 @@ def read_tail(path: Path, limit: int = MAX_TAIL) -> str:
 # it has a session of its own, and keeps nothing of the edge open but its end of a pipe. It needs
 # little more memory than a shell, and unlike a shell it knows its job's group, times and signals.
 _SUPERVISOR = r'''
-import json, os, select, signal, sys, time
+import errno, json, os, select, signal, sys, time
 
 os.chdir(sys.argv[1])
 PROC = "/proc/%d/stat"
@@ -828,15 +828,20 @@ def write(path, value):
         file.flush()
         os.fsync(file.fileno())
     os.rename(path + ".new", path)
-    return text
 
-def report(**status):
+def report(final=False, **status):
     status["time"] = time.time()
-    text = write("status.json", status)
     try:
-        os.write(1, text.encode() + b"\n")        # to the edge, if it still lives
+        os.write(1, json.dumps(status).encode() + b"\n")     # to the edge, if it still lives
     except OSError:
         pass
+    while True:
+        try:
+            return write("status.json", status)
+        except OSError:                           # the disk is full; the end must not be lost
+            if not final:
+                return
+            time.sleep(1)
 
 def signal_group(number):
     try:
@@ -888,11 +893,32 @@ def run_job():
         return 22, "%s: %s" % (what, error)
 
 # only one process runs the job, whatever becomes of the edge meanwhile
-claim = os.open("claim", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-os.write(claim, json.dumps([os.getpid(), started(os.getpid()), os.uname()[1]]).encode())
-os.fsync(claim)
 with open("job.json") as file:
     job = json.load(file)["run"]
+def make_claim(path):
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        me = [os.getpid(), started(os.getpid()), os.uname()[1]]
+        os.write(descriptor, json.dumps(me).encode())
+        os.fsync(descriptor)
+    except OSError:                               # the disk is full: it is not begun
+        os.unlink(path)
+        raise
+    os.close(descriptor)
+
+own = "claim.%d" % os.getpid()
+try:
+    make_claim(own)
+    os.link(own, "claim")                         # whole, or not at all
+    os.unlink(own)
+except FileExistsError:
+    os.unlink(own)
+    sys.exit("the job was claimed before")
+except OSError as error:
+    if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK):
+        raise
+    os.unlink(own)
+    make_claim("claim")                           # a file system without hard links
 
 asked = []
 woken, wake = os.pipe()
@@ -913,7 +939,7 @@ with open(failed_r, "rb") as file:
 if failure:
     os.waitpid(child, 0)
     number, text = json.loads(failure.decode())
-    report(state="FAILED", exit_code=126 if number == 13 else 127, message=text)
+    report(True, state="FAILED", exit_code=126 if number == 13 else 127, message=text)
     sys.exit()
 
 report(state="ACTIVE", pid=child, started=started(child))
@@ -957,7 +983,7 @@ if reason is None:
     reason = "COMPLETED" if code == 0 else "FAILED"
     if exit_code < 0:
         message = "killed by signal %d" % -exit_code
-report(state=reason, exit_code=None if reason == "CANCELED" else code, message=message)
+report(True, state=reason, exit_code=None if reason == "CANCELED" else code, message=message)
 '''
 
 
@@ -1033,6 +1059,10 @@ class LocalExecutor:
         self._loop.add_reader(descriptor, self._on_report, descriptor, bytearray())
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(job.begun.wait(), START_S)
+        if await self.never_ran(job):
+            del self.jobs[job.job_id]
+            raise Unavailable("the job could not be started: is there room on the disk for "
+                              f"{self._folder}?")
 
     async def cancel(self, job: Job) -> None:
         """End a job's processes; return when it has ended. The supervisor decides the race."""
@@ -1156,7 +1186,7 @@ class LocalExecutor:
         if is_same_process(status.get("pid"), status.get("started")):
             return status
         if not status and self._claim(folder):
-            message = "the edge ended before the job was started; it did not run"
+            message = "it did not run: the edge ended, or the disk was full, before it was started"
         else:
             message = "the job's supervisor was killed; the exit code is not known"
         return self._settle(folder, "FAILED", message)
@@ -1176,7 +1206,10 @@ class LocalExecutor:
         if (folder / "canceled").exists():
             state, message = "CANCELED", "canceled after its supervisor was killed"
         status = {"state": state, "exit_code": None, "message": message, "time": time.time()}
-        write_private(folder / "status.json", json.dumps(status))
+        try:
+            write_private(folder / "status.json", json.dumps(status))
+        except OSError as error:                  # true all the same; the next edge finds it out
+            log_psij.error("%s: the state cannot be written: %s", folder, error)
         return status
 
     async def _cancel_orphan(self, job: Job) -> None:

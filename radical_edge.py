@@ -41,6 +41,7 @@ import concurrent.futures
 import contextlib
 import contextvars
 import enum
+import errno
 import fnmatch
 import functools
 import gc
@@ -113,8 +114,8 @@ MAX_LINK_BUFFER = 128 * 1024 * 1024  # bytes waiting to be sent to one edge; mor
 MAX_PIPELINED = 64 * 1024      # bytes read ahead of the request that is being answered
 MAX_EVENTS = 50_000            # events kept for subscribers that are slow or come back
 MAX_EVENT_BYTES = 48 * 1024 * 1024   # bytes of the events kept
-MAX_UNSENT_EVENTS = 20_000     # notifications an edge keeps until all its bridges have them
-MAX_UNSENT_BYTES = 24 * 1024 * 1024  # bytes of them
+MAX_UNSENT_EVENTS = 50_000     # notifications an edge keeps until all its bridges have them
+MAX_UNSENT_BYTES = 48 * 1024 * 1024  # bytes of them
 NOTIFY_WINDOW = 256            # notifications on their way: a reply does not queue behind more
 SUBSCRIBER_SLICE = 200         # subscribers served in one turn of the loop
 MAX_NOTIFICATION = 1024 * 1024  # bytes of one notification
@@ -1364,6 +1365,8 @@ class LoopThread:
         if self._thread.is_alive():
             self.call(self.loop.stop)
             self._thread.join(timeout)
+        elif self._thread.ident is None:          # it was never started
+            self.loop.close()
         return not self._thread.is_alive()
 
     def call(self, function: Callable[..., Any], *args: Any) -> None:
@@ -1426,6 +1429,16 @@ async def wait_for_async(register: Callable[[Callable[[], None]], None]) -> None
 
     register(wake)
     await future
+
+
+def trim_memory() -> None:
+    """Return free memory to the system, where the C library can do that (GNU's)."""
+    gc.collect()
+    try:
+        import ctypes                             # not in every build of Python
+        ctypes.CDLL(None).malloc_trim(0)
+    except (ImportError, OSError, AttributeError):
+        pass
 
 
 class Workers:
@@ -2471,7 +2484,7 @@ class Journal:
         self.dropped = 0                          # records that were too many; guarded by _lock
         self._thread: Optional[threading.Thread] = None
         # of the journal's thread: the file being written, its size, and all files by first number
-        self._descriptor, self._length = -1, 0
+        self._descriptor, self._length, self._failing = -1, 0, False
         self._segments: List[Tuple[int, Path]] = []
 
     def open(self) -> None:
@@ -2627,10 +2640,15 @@ class Journal:
             if sent < len(data):                  # the rest tells why
                 os.write(self._descriptor, data[sent:])
             self._length += len(data)
+            if self._failing:
+                state_log.warning("%s: can be written again", self._folder)
+            self._failing = False
             return []
         except OSError as error:
-            state_log.error("%s: cannot be written, so that it is lost if this process dies: %s",
-                            self._folder, error)
+            if not self._failing:
+                state_log.error("%s: cannot be written, and is lost if this process dies: %s",
+                                self._folder, error)
+            self._failing = True
             self._undo()
             return records
 
@@ -4475,6 +4493,9 @@ def _failure_response(error: Exception, request: Request) -> Response:
     """Return the reply to what a handler raised; what is unexpected stays in the log."""
     if isinstance(error, EdgeError):
         return error_response(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return error_response(Unavailable(f"{error.strerror} on the edge: make room, and try again",
+                                          headers=_retry_after(10)))
     log.error("%s %s: %s failed", request.request_id, request.method, request.path, exc_info=error)
     return error_response(EdgeError(f"internal error; the log has it under {request.request_id}"))
 
@@ -4963,7 +4984,11 @@ class Edge:
 
         Raises Conflict when another process has the state directory.
         """
-        self._lock.acquire()
+        try:
+            self._lock.acquire()
+        except EdgeError:
+            self._transport.stop()
+            raise
         self._instance = self._read_instance()
         self.journal.open()
         self._once.open()
@@ -5288,20 +5313,20 @@ class HttpConnection:
         self._body_left: Optional[int] = 0        # bytes of the answer under way; None: chunked
         self._answering = self._advancing = self._paused = False
         self._taken: Optional[Callable[[bytes], None]] = None    # by a link or a subscriber
-        self.on_lost: Callable[[str], None] = self._on_lost
+        self._taker_lost: Callable[[str], None] = lambda reason: None            # likewise
         self.deadline = self._loop.time() + HANDSHAKE_S
         self._sent = self._progress = 0           # bytes of answers and of a body, at that time
 
     def adopt(self, sock: socket.socket) -> None:
         """Serve the socket, whose first bytes the parser has."""
-        self.channel = Channel(self._loop, sock, self._on_data, lambda reason: self.on_lost(reason))
+        self.channel = Channel(self._loop, sock, self._on_data, self._on_lost)
         self._advance()
         if not self.channel.closed:
             self.channel.start()
 
     def take_over(self, on_data: Callable[[bytes], None], on_lost: Callable[[str], None]) -> bytes:
         """Give the connection to a link or a subscriber; return what was read ahead."""
-        self._taken, self.on_lost = on_data, on_lost
+        self._taken, self._taker_lost = on_data, on_lost
         self.deadline = float("inf")
         return self._parser.take_rest()
 
@@ -5517,6 +5542,7 @@ class HttpConnection:
             self._exchange.cancelled = True
             self._gateway.on_client_gone(self._exchange)
         self._gateway.connections.discard(self)
+        self._taker_lost(reason)
 
 
 class Subscriber:
@@ -6284,8 +6310,10 @@ class EdgeRegistry:
 
     def snapshot(self) -> Dict[str, List[str]]:
         """Return what restore() takes, {name: [instance, token's name, description as JSON]}."""
-        return {name: [link.instance, link.identity.name, link.described]
-                for name, link in self.links.items()}
+        absent = {name: [absence.instance, absence.token, absence.described]
+                  for name, absence in self.absent.items()}
+        return {**absent, **{name: [link.instance, link.identity.name, link.described]
+                             for name, link in self.links.items()}}
 
     def restore(self, edges: Dict[str, List[str]]) -> None:
         """Expect the edges of an earlier process: requests wait for them, but not for long."""
@@ -6387,11 +6415,19 @@ class _Listener(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self.gateway.is_full() or not self._opening.acquire(blocking=False):
-            self.gateway.counters.add("refused_connections_total")
-            self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
+        if self.gateway.is_full():
+            self._refuse(request)
+        elif self._opening.acquire(blocking=False):
+            super().process_request(request, client_address)
+        elif self.tls is None:                    # nothing in it blocks: the loop can do it all
+            connection = HttpConnection(self.gateway, RequestParser(), client_address[0])
+            self.gateway.adopt(connection, socket.socket(fileno=request.detach()))
+        else:
+            self._refuse(request)
+
+    def _refuse(self, request: Any) -> None:
+        self.gateway.counters.add("refused_connections_total")
+        self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
@@ -6676,6 +6712,7 @@ class Bridge:
                                 changed=lambda: self._thread.call(self._registry.on_changed),
                                 once=self._once)
         self._routes = _Routes(self, self._authenticator, self._registry, self._hub)
+        self._most_connections = 0                # since memory was given back; the loop's
         self._own_ids = f"{secrets.token_hex(4)}-"
         self._request_count = 0                   # the loop's
 
@@ -6690,6 +6727,7 @@ class Bridge:
             self._lock.acquire()
         except EdgeError:
             self._listener.server_close()
+            self._thread.stop()
             raise
         self._hub.log.open()
         self._once.open()
@@ -6898,6 +6936,7 @@ class Bridge:
         while True:
             await asyncio.sleep(SWEEP_S)
             now = self.loop.time()
+            self._give_back_memory()
             self._registry.sweep(now)
             for link in list(self._registry.links.values()):
                 link.sweep(now, self._heartbeat)
@@ -6906,6 +6945,14 @@ class Bridge:
                 link.close(CloseCode.POLICY, "did not register in time")
             for connection in [item for item in self.connections if item.deadline < now]:
                 connection.on_deadline()
+
+    def _give_back_memory(self) -> None:
+        """Return to the system what many connections needed, when most of them are gone."""
+        count = len(self.connections)
+        if self._most_connections > max(1000, 4 * count):
+            self._most_connections = count
+            trim_memory()
+        self._most_connections = max(self._most_connections, count)
 
     async def _beat(self) -> None:
         while True:
@@ -7894,13 +7941,8 @@ def _exit_at_once_if(stuck: bool) -> None:
 
 def _settle_memory() -> None:
     """Give back what start-up needed; compiling this file alone leaves 10 MB of free pages."""
-    gc.collect()
+    trim_memory()
     gc.freeze()                                   # what is left stays: no need to look at it again
-    try:
-        import ctypes                             # not in every build of Python
-        ctypes.CDLL(None).malloc_trim(0)          # of the GNU C library
-    except (ImportError, OSError, AttributeError):
-        pass
 
 
 def _raise_file_limit() -> None:

@@ -2909,6 +2909,20 @@ def test_a_subscriber_that_does_not_read_is_cut_off_and_delays_nobody(fake_edge,
     assert found == list(range(len(found)))
 
 
+def test_connections_that_were_links_or_subscriptions_are_forgotten_at_their_end(bridge, raw,
+                                                                                 fake_edge):
+    for _ in range(3):
+        client = raw()
+        Listener(client).read()
+        client.close()
+        fake = fake_edge("f1")
+        fake.hear("topology")
+        fake.close()
+        wait_until(lambda: not bridge._registry.links)
+    wait_until(lambda: not bridge.connections)
+    assert not bridge._hub.subscribers
+
+
 def test_two_thousand_subscribers_cost_no_thread(edge, raw, bridge):
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -4937,6 +4951,63 @@ def test_tls_is_verified_by_certificate_or_pin_and_refused_without(start, certif
         body = "x" * 3_000_000
         assert client.http.post("/e2/psij/register_session", json={"x": body}).status_code == 422
         job.close()
+
+
+LONG = bool(os.environ.get("RADICAL_EDGE_LONG"))   # the long forms: see the README
+
+
+def test_a_large_file_goes_up_and_down_through_tls_in_little_memory(start, certificate, tmp_path):
+    """256 MiB, or 4 GiB in the long form; whole files are not to be held in memory."""
+    size = (4096 if LONG else 256) * 1024 * 1024
+    path, digest = tmp_path / "file", hashlib.sha256()
+    with open(path, "wb") as file:
+        for _ in range(size // (1 << 20)):
+            piece = os.urandom(1 << 20)
+            digest.update(piece)
+            file.write(piece)
+    (tmp_path / "plugin.py").write_text(LARGE_FILES.format(folder=tmp_path))
+    cert, key, _ = certificate
+    bridge = start("--bridge", "--port", "0", "--cert", cert, "--key", key, expect="bridge: https")
+    edge = start("--edge", "--name", "e1", "-p", "files", "--plugin-file",
+                 str(tmp_path / "plugin.py"), expect="edge: e1")
+    with BridgeClient(bridge_url(bridge), cert) as client:
+        wait_until(lambda: client.list_edges() == ["e1"])
+        with open(path, "rb") as file:
+            answer = client.http.request("PUT", "/e1/files/up", content=file,
+                                         headers={"Content-Length": str(size)})
+        assert answer.json() == {"sha256": digest.hexdigest()}
+        found = hashlib.sha256()
+        with client.http.stream("GET", "/e1/files/down") as reply:
+            assert reply.headers["Content-Length"] == str(size)
+            for piece in iter(lambda: reply.read(1 << 20), b""):
+                found.update(piece)
+        assert found.hexdigest() == digest.hexdigest()
+    for process in (bridge, edge):
+        status = Path(f"/proc/{process.process.pid}/status")
+        if status.exists():
+            peak = next(line for line in status.read_text().splitlines() if "VmHWM" in line)
+            assert int(peak.split()[1]) < 80 * 1024, peak
+
+
+LARGE_FILES = '''
+import hashlib
+from radical_edge import FileResponse, Plugin, get, plugin, put
+
+@plugin("files")
+class Files(Plugin):
+    @put("up")
+    def up(self, request):
+        digest = hashlib.sha256()
+        with open("{folder}/copy", "wb") as file:
+            for piece in request.iter_body():
+                digest.update(piece)
+                file.write(piece)
+        return {{"sha256": digest.hexdigest()}}
+
+    @get("down")
+    def down(self, request):
+        return FileResponse("{folder}/copy", request)
+'''
 
 
 def test_a_job_survives_kill_9_of_bridge_and_edge(start, home):
