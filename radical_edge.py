@@ -5725,12 +5725,230 @@ class EventHub:
         self.subscribers.discard(subscriber)
 
 
+class LinkRequests:
+    """The requests that wait for one edge, by their id on the wire. On the loop."""
+
+    takes_uploads = False                         # before all of a request's body is here
+
+    def __init__(self, link: "EdgeLink") -> None:
+        self.link, self.channel = link, link.channel
+        self.pending: Dict[Any, Exchange] = {}
+        self._counter = 0
+
+    def forward(self, exchange: Exchange, target: str, headers: Dict[str, str]) -> None:
+        """Send a request."""
+        raise NotImplementedError
+
+    def on_response(self, message: Dict[str, Any]) -> None:
+        """Take a "response" message."""
+
+    def cancel(self, exchange: Exchange) -> None:
+        """Stop waiting, and let the edge stop working if it can be told."""
+        self.forget(exchange)
+
+    def forget(self, exchange: Exchange) -> None:
+        """Stop waiting for the edge's answer to this one."""
+        self.pending.pop(exchange.wire_id, None)
+
+    # -- for both versions
+
+    def _add(self, exchange: Exchange, wire_id: Union[str, int], frame: bytes) -> None:
+        """Wait for the answer to a request, and send it."""
+        exchange.wire_id = wire_id
+        self.pending[wire_id] = exchange
+        # under load, requests that arrive together go out together; a single one goes at once
+        send = self.channel.send if len(self.pending) < 4 else self.channel.send_soon
+        send(frame)
+
+    def _count_late(self) -> None:
+        self.link.registry.counters.add("late_responses_total")
+        bridge_log.debug("%s: answer to a request that was given up", self.link.name)
+
+    @contextlib.contextmanager
+    def _blaming(self, exchange: Exchange) -> Iterator[None]:
+        """Answer the exchange when the edge's answer cannot be used: only this request fails."""
+        try:
+            yield
+        except ProtocolError as error:
+            self.cancel(exchange)
+            exchange.fail(BadGateway(f"edge {self.link.name!r} gave an answer that makes no sense: "
+                                     f"{error}"))
+        except Exception:                         # ours; the exchange is in no table any more
+            self.cancel(exchange)
+            exchange.fail(BadGateway(f"the answer of edge {self.link.name!r} could not be read"))
+            raise
+
+    @staticmethod
+    def _make_response(status: int, headers: Dict[str, str], body: bytes) -> Response:
+        response = Response(body, status)
+        response.headers.update({name: value for name, value in headers.items()
+                                 if name in _EDGE_FIELDS
+                                 or name.startswith("x-") and name not in _OUR_FIELDS})
+        response.headers.update([_FOREIGN_POLICY])
+        return response
+
+
+class WholeRequests(LinkRequests):
+    """Requests of wire version 1: a message each, and one for the answer."""
+
+    def forward(self, exchange: Exchange, target: str, headers: Dict[str, str]) -> None:
+        """Send a request. Raises ContentTooLarge when it does not fit."""
+        self._counter += 1
+        req_id = f"{self._counter:x}"
+        opcode, payload = encode_request(req_id, exchange.head.method, target, headers,
+                                         exchange.body)
+        if not exchange.is_repeatable:
+            exchange.body = b""
+        if len(payload) > MAX_MESSAGE:            # text that JSON makes much longer
+            raise ContentTooLarge(f"the body takes {len(payload)} bytes on the wire; {MAX_MESSAGE} "
+                                  "are allowed")
+        self._add(exchange, req_id, encode_frame(opcode, payload))
+
+    def on_response(self, message: Dict[str, Any]) -> None:
+        """Take an answer."""
+        exchange = self.pending.pop(str(message.get("req_id")), None)
+        if exchange is None:
+            self._count_late()
+            return
+        with self._blaming(exchange):
+            status, headers, body = parse_response(message)
+            exchange.respond(self._make_response(status, headers, body))
+
+
+class StreamRequests(LinkRequests):
+    """Requests of wire version 2: a stream each, whose bodies come in pieces both ways."""
+
+    takes_uploads = True
+
+    def __init__(self, link: "EdgeLink") -> None:
+        super().__init__(link)
+        self._windows: Dict[int, SendWindow] = {}                # of requests' bodies, by stream
+        self._downloads: Dict[int, Tuple[Download, int]] = {}    # and their status, by stream
+        self._handlers = {Kind.RESPONSE: self._on_answer, Kind.DATA: self._on_data,
+                          Kind.CREDIT: self._on_credit, Kind.CANCEL: self._on_cancel}
+
+    def forward(self, exchange: Exchange, target: str, headers: Dict[str, str]) -> None:
+        """Send a request; an upload goes on by itself. Raises HeadTooLarge."""
+        self._counter += 1
+        stream = self._counter
+        try:
+            head = encode_wire(Kind.REQUEST, stream, [exchange.head.method, target, headers],
+                               end=exchange.received)
+        except ValueError as error:
+            raise HeadTooLarge(str(error)) from None
+        self._add(exchange, stream, encode_frame(Opcode.BINARY, head + exchange.body))
+        if exchange.upload is not None:
+            window = self._windows[stream] = SendWindow()
+            exchange.upload.attach(functools.partial(self._send_data, stream, window),
+                                   functools.partial(self._when_ready, window))
+
+    def on_frame(self, frame: WireFrame) -> None:
+        """Take a frame. Raises ProtocolError for a body without credit."""
+        handler = self._handlers.get(frame.kind)
+        if handler is not None:
+            handler(frame)
+
+    def cancel(self, exchange: Exchange) -> None:
+        """Stop waiting, and let the edge stop working."""
+        waiting = exchange.wire_id in self.pending
+        self.forget(exchange)
+        if waiting:
+            self._send(encode_wire(Kind.CANCEL, exchange.wire_id))
+
+    def forget(self, exchange: Exchange) -> None:
+        """Stop waiting for the edge's answer to this one."""
+        stream = exchange.wire_id
+        self.pending.pop(stream, None)
+        if self._downloads.pop(stream, None) is not None:
+            self.link.registry.downloads -= 1
+        if self._windows.pop(stream, None) is not None:
+            exchange.upload.stop()
+
+    # -- requests' bodies
+
+    def _send(self, head: bytes, body: Union[bytes, memoryview] = b"") -> None:
+        self.channel.send(encode_frame_head(Opcode.BINARY, len(head) + len(body)) + head, body)
+
+    def _send_data(self, stream: int, window: SendWindow, piece: bytes, end: bool) -> int:
+        """Send some of a request's body; return how much the link and the edge had room for."""
+        if not self.channel.has_room:
+            return 0
+        size = window.take(min(len(piece), DATA_SIZE)) if piece else 0
+        if size or not piece:
+            head = encode_wire(Kind.DATA, stream, end=end and size == len(piece))
+            self._send(head, memoryview(piece)[:size])
+        return size
+
+    def _when_ready(self, window: SendWindow, waiter: Callable[[], None]) -> None:
+        if self.channel.has_room:
+            window.when_open(waiter)
+        else:
+            self.channel.when_room(waiter)
+
+    def _on_credit(self, frame: WireFrame) -> None:
+        window = self._windows.get(frame.stream)
+        if window is not None:
+            window.add(frame.number)
+
+    # -- answers
+
+    def _on_answer(self, frame: WireFrame) -> None:
+        """Take a RESPONSE: whole, or the begin of one."""
+        exchange = self.pending.get(frame.stream)
+        if exchange is None or exchange.begun:
+            self._count_late()
+            return
+        with self._blaming(exchange):
+            status, headers = [*frame.head, None, None][:2]
+            fields = parse_fields_object(headers)
+            response = self._make_response(check_status(status), fields, bytes(frame.body))
+            if "content-length" in fields:
+                response.headers["content-length"] = fields["content-length"]
+            if frame.end:
+                self.forget(exchange)
+                exchange.respond(response)
+                return
+            self._begin(exchange, frame.stream, response)
+        if len(frame.body):
+            self._on_data(frame)
+
+    def _begin(self, exchange: Exchange, stream: int, response: Response) -> None:
+        status, registry = response.status_code, self.link.registry
+        exchange.connection.begin(exchange, response)
+        download = Download(exchange, lambda: registry.downloads,
+                            functools.partial(self._give_credit, stream))
+        self._downloads[stream] = download, status
+        registry.downloads += 1
+
+    def _give_credit(self, stream: int, credit: int) -> None:
+        self._send(encode_wire_number(Kind.CREDIT, stream, credit))
+
+    def _on_data(self, frame: WireFrame) -> None:
+        exchange = self.pending.get(frame.stream)
+        download, status = self._downloads.get(frame.stream, (None, 0))
+        if exchange is None or download is None:  # its client has gone
+            return
+        if len(frame.body):
+            download.on_data(frame.body)
+        if frame.end and frame.stream in self._downloads:
+            self.forget(exchange)
+            exchange.connection.end_body(exchange, status)
+
+    def _on_cancel(self, frame: WireFrame) -> None:
+        exchange = self.pending.get(frame.stream)
+        if exchange is not None:
+            self.forget(exchange)
+            reason = bytes(frame.body[:200]).decode(errors="replace")
+            exchange.fail(BadGateway(f"edge {self.link.name!r} gave up in the middle of its "
+                                     f"answer: {reason}"))
+
+
 class EdgeLink:
     """The bridge's end of an edge's link: registration, requests, heartbeat. On the loop."""
 
     def __init__(self, registry: "EdgeRegistry", connection: HttpConnection,
                  identity: Identity) -> None:
-        self._registry, self._connection, self.identity = registry, connection, identity
+        self.registry, self._connection, self.identity = registry, connection, identity
         self.channel = connection.channel
         self.name = ""                            # until it has registered
         self.instance = ""
@@ -5741,15 +5959,12 @@ class EdgeLink:
         self.ui_modules: Dict[str, str] = {}
         self.routes: Dict[str, List[Tuple[str, str]]] = {}
         self._parser = FrameParser(masked=True)
-        self._wire = 1                            # the version that both sides know
-        # by the id on the wire: a req_id in version 1, the number of a stream in version 2
-        self._pending: Dict[Union[str, int], Exchange] = {}
-        self._windows: Dict[int, SendWindow] = {}                # of requests' bodies, by stream
-        self._downloads: Dict[int, Tuple[Download, int]] = {}    # and their status, by stream
-        self._counter = 0
+        # replaced when both sides turn out to know version 2
+        self.requests: LinkRequests = WholeRequests(self)
         self._to_ack: Deque[Tuple[int, int]] = collections.deque()   # (event id, number there)
         self.opened = self._last_received = connection._loop.time()
-        self._handlers = {"register": self._on_register, "response": self._on_response,
+        self._handlers = {"register": self._on_register,
+                          "response": lambda message: self.requests.on_response(message),
                           "notification": self._on_notification, "topology": self._on_topology}
 
     def describe(self) -> None:
@@ -5764,7 +5979,7 @@ class EdgeLink:
     @property
     def pending(self) -> int:
         """Requests that wait for this edge."""
-        return len(self._pending)
+        return len(self.requests.pending)
 
     def on_data(self, data: bytes) -> None:
         """Take bytes from the edge."""
@@ -5787,99 +6002,24 @@ class EdgeLink:
         """Send a message."""
         self.channel.send(encode_frame(Opcode.TEXT, encode_json(message).encode()))
 
-    @property
-    def takes_uploads(self) -> bool:
-        """Whether a request may be forwarded before all of its body is here."""
-        return self._wire == 2
-
     def forward(self, exchange: Exchange, target: str, headers: Dict[str, str]) -> None:
         """Send a request to the edge; its answer, or the lack of one, ends the exchange."""
-        if len(self._pending) >= MAX_PENDING or self.channel.unsent > MAX_LINK_BUFFER:
+        if len(self.requests.pending) >= MAX_PENDING or self.channel.unsent > MAX_LINK_BUFFER:
             raise Unavailable(f"edge {self.name!r} has too much to do: try again later",
                               headers=_retry_after(1))
-        self._counter += 1
         bridge_log.debug("%s: > %s %s", exchange.request_id, exchange.head.method, target[:80])
-        if self._wire == 2:
-            self._forward_stream(exchange, self._counter, target, headers)
-        else:
-            self._forward_whole(exchange, f"{self._counter:x}", target, headers)
-
-    def _forward_whole(self, exchange: Exchange, req_id: str, target: str,
-                       headers: Dict[str, str]) -> None:
-        opcode, payload = encode_request(req_id, exchange.head.method, target, headers,
-                                         exchange.body)
-        if not exchange.is_repeatable:
-            exchange.body = b""
-        if len(payload) > MAX_MESSAGE:            # text that JSON makes much longer
-            raise ContentTooLarge(f"the body takes {len(payload)} bytes on the wire; {MAX_MESSAGE} "
-                                  "are allowed")
-        self._add(exchange, req_id)
-        self._send_request(encode_frame(opcode, payload))
-
-    def _forward_stream(self, exchange: Exchange, stream: int, target: str,
-                        headers: Dict[str, str]) -> None:
-        try:
-            head = encode_wire(Kind.REQUEST, stream, [exchange.head.method, target, headers],
-                               end=exchange.received)
-        except ValueError as error:
-            raise HeadTooLarge(str(error)) from None
-        self._add(exchange, stream)
-        body = exchange.body
-        self._send_request(encode_frame_head(Opcode.BINARY, len(head) + len(body)) + head + body)
-        if exchange.upload is not None:
-            window = self._windows[stream] = SendWindow()
-            exchange.upload.attach(functools.partial(self._send_data, stream, window),
-                                   functools.partial(self._when_ready, window))
-
-    def _add(self, exchange: Exchange, wire_id: Union[str, int]) -> None:
-        exchange.link, exchange.wire_id = self, wire_id
-        self._pending[wire_id] = exchange
-
-    def _send_request(self, frame: bytes) -> None:
-        # under load, requests that arrive together go out together; a single one goes at once
-        send = self.channel.send if len(self._pending) < 4 else self.channel.send_soon
-        send(frame)
-
-    def _send_data(self, stream: int, window: SendWindow, piece: bytes, end: bool) -> int:
-        """Send some of a request's body; return how much the link and the edge had room for."""
-        if not self.channel.has_room:
-            return 0
-        size = window.take(min(len(piece), DATA_SIZE)) if piece else 0
-        if size or not piece:
-            head = encode_wire(Kind.DATA, stream, end=end and size == len(piece))
-            self._send_wire(head, memoryview(piece)[:size])
-        return size
-
-    def _when_ready(self, window: SendWindow, waiter: Callable[[], None]) -> None:
-        if self.channel.has_room:
-            window.when_open(waiter)
-        else:
-            self.channel.when_room(waiter)
-
-    def _send_wire(self, head: bytes, body: Union[bytes, memoryview] = b"") -> None:
-        self.channel.send(encode_frame_head(Opcode.BINARY, len(head) + len(body)) + head, body)
-
-    def forget(self, exchange: Exchange) -> None:
-        """Stop waiting for the edge's answer to this one."""
-        wire_id = exchange.wire_id
-        self._pending.pop(wire_id, None)
-        if self._downloads.pop(wire_id, None) is not None:       # type: ignore[arg-type]
-            self._registry.downloads -= 1
-        window = self._windows.pop(wire_id, None)                # type: ignore[arg-type]
-        if window is not None:
-            exchange.upload.stop()
+        exchange.link = self
+        self.requests.forward(exchange, target, headers)
 
     def cancel(self, exchange: Exchange) -> None:
         """Tell the edge that nobody waits for the answer to this one."""
-        waiting = exchange.wire_id in self._pending
-        self.forget(exchange)
-        if waiting and self._wire == 2:
-            self._send_wire(encode_wire(Kind.CANCEL, exchange.wire_id))
+        self.requests.cancel(exchange)
 
     def sweep(self, now: float, heartbeat: float) -> None:
         """Fail what is past its deadline; end the link when the edge is silent."""
-        for exchange in [item for item in self._pending.values() if item.deadline < now]:
-            self.cancel(exchange)
+        late = [item for item in self.requests.pending.values() if item.deadline < now]
+        for exchange in late:
+            self.requests.cancel(exchange)
             exchange.fail(DeadlineExceeded(
                 f"edge {self.name!r} did not answer within {now - exchange.started:.0f} s; the "
                 "request may still be running there"))
@@ -5898,11 +6038,11 @@ class EdgeLink:
 
     def on_lost(self, reason: str) -> None:
         """Fail the requests that wait, but those that can be sent again if the edge comes back."""
-        self._registry.on_lost(self, reason)
-        for exchange in list(self._pending.values()):
-            self.forget(exchange)
+        self.registry.on_lost(self, reason)
+        for exchange in list(self.requests.pending.values()):
+            self.requests.forget(exchange)
             exchange.link = None
-            if not (exchange.is_repeatable and self._registry.wait(exchange, self.name)):
+            if not (exchange.is_repeatable and self.registry.wait(exchange, self.name)):
                 exchange.fail(EdgeOffline(
                     f"the link to edge {self.name!r} went down while it worked on this; it may "
                     "have been done: look before you try again", headers=_retry_after(1)))
@@ -5916,10 +6056,12 @@ class EdgeLink:
             code, reason = parse_close(payload)
             self.is_leaving = True
             self.close(CloseCode.NORMAL, f"the edge closed the link ({code} {reason})")
-        elif opcode is Opcode.BINARY and self._wire == 2:
+        elif opcode is Opcode.BINARY and isinstance(self.requests, StreamRequests):
             frame = parse_wire(payload)
-            if frame is not None:
-                self._on_wire(frame)
+            if frame is not None and frame.kind is Kind.NOTIFICATION:
+                self._on_numbered(frame)
+            elif frame is not None:
+                self.requests.on_frame(frame)
         elif opcode is not Opcode.PONG:
             message = parse_message(payload)
             if not self.name and message["type"] != "register":
@@ -5933,7 +6075,7 @@ class EdgeLink:
         self.endpoint = endpoint if isinstance(endpoint, dict) else {}
         instance = message.get("instance")
         self.instance = instance if isinstance(instance, str) else ""
-        error = self._registry.check(self, message.get("edge_name"))
+        error = self.registry.check(self, message.get("edge_name"))
         if error:
             bridge_log.warning("edge %.80r of token %s is refused: %s", message.get("edge_name"),
                                self.identity.name, error)
@@ -5941,15 +6083,14 @@ class EdgeLink:
             self.close(CloseCode.POLICY, error)
             return
         self._take_plugins(message.get("plugins"), message["edge_name"])
-        self._registry.add(self, message["edge_name"])
+        self.registry.add(self, message["edge_name"])
         offered = message.get("wire")
         if isinstance(offered, list):             # an older edge does not know this message
             version = 2 if 2 in offered else 1
             self.send({"type": "registered", "edge_name": self.name, "wire": version,
-                       "acked": self._registry.hub.log.seen(self.name, self.instance)})
-            self._wire = version
+                       "acked": self.registry.hub.log.seen(self.name, self.instance)})
             if version == 2:
-                self._parser.max_message = MAX_FRAME
+                self.requests, self._parser.max_message = StreamRequests(self), MAX_FRAME
 
     def _on_topology(self, message: Dict[str, Any]) -> None:
         edges = message.get("edges")
@@ -5957,13 +6098,13 @@ class EdgeLink:
         if isinstance(mine, dict):
             self._take_plugins(mine.get("plugins"), self.name)
             self.describe()
-            self._registry.on_changed()
+            self.registry.on_changed()
 
     def _on_notification(self, message: Dict[str, Any]) -> None:
         plugin_name, topic = message.get("plugin"), message.get("topic")
         if isinstance(plugin_name, str) and isinstance(topic, str):
             # the name is the link's own: an edge does not speak for another
-            self._registry.hub.publish(self.name, plugin_name, topic, message.get("data"))
+            self.registry.hub.publish(self.name, plugin_name, topic, message.get("data"))
 
     def _on_numbered(self, frame: WireFrame) -> None:
         """Take a NOTIFICATION; one that was sent before is acknowledged again, and not told."""
@@ -5975,7 +6116,7 @@ class EdgeLink:
         if not (isinstance(number, int) and isinstance(plugin_name, str)
                 and isinstance(topic, str)):
             raise ProtocolError("notification without number, plugin or topic")
-        hub = self._registry.hub
+        hub = self.registry.hub
         if number > hub.log.seen(self.name, self.instance):
             try:
                 event_id = hub.publish(self.name, plugin_name, topic, data,
@@ -5985,7 +6126,7 @@ class EdgeLink:
         else:
             event_id = hub.log.last_id
         self._to_ack.append((event_id, number))
-        self._registry.ack_later(self)
+        self.registry.ack_later(self)
 
     def acknowledge(self, written: int) -> bool:
         """Tell the edge which of its notifications are safe: events up to `written` are.
@@ -5996,112 +6137,9 @@ class EdgeLink:
         while self._to_ack and self._to_ack[0][0] <= written:
             number = self._to_ack.popleft()[1]
         if number and not self.channel.closed:
-            self._send_wire(encode_wire_number(Kind.ACK, 0, number))
+            payload = encode_wire_number(Kind.ACK, 0, number)
+            self.channel.send(encode_frame(Opcode.BINARY, payload))
         return bool(self._to_ack) and not self.channel.closed
-
-    def _on_response(self, message: Dict[str, Any]) -> None:
-        exchange = self._take(str(message.get("req_id")))
-        if exchange is None:
-            return
-        with self._blaming(exchange):
-            status, headers, body = parse_response(message)
-            exchange.respond(self._make_response(status, headers, body))
-
-    def _on_wire(self, frame: WireFrame) -> None:
-        handler = self._WIRE_HANDLERS.get(frame.kind)
-        if handler is not None:
-            handler(self, frame)
-
-    def _on_answer(self, frame: WireFrame) -> None:
-        """Take a RESPONSE: whole, or the begin of one."""
-        exchange = self._pending.get(frame.stream)
-        if exchange is None or exchange.begun:
-            self._count_late()
-            return
-        with self._blaming(exchange):
-            status, headers = [*frame.head, None, None][:2]
-            fields = parse_fields_object(headers)
-            response = self._make_response(check_status(status), fields, bytes(frame.body))
-            if "content-length" in fields:
-                response.headers["content-length"] = fields["content-length"]
-            if frame.end:
-                self.forget(exchange)
-                exchange.respond(response)
-                return
-            self._begin(exchange, frame.stream, response)
-        if len(frame.body):
-            self._on_data(frame)
-
-    def _begin(self, exchange: Exchange, stream: int, response: Response) -> None:
-        status = response.status_code
-        exchange.connection.begin(exchange, response)
-        download = Download(exchange, lambda: self._registry.downloads,
-                            functools.partial(self._give_credit, stream))
-        self._downloads[stream] = download, status
-        self._registry.downloads += 1
-
-    def _give_credit(self, stream: int, credit: int) -> None:
-        self._send_wire(encode_wire_number(Kind.CREDIT, stream, credit))
-
-    def _on_data(self, frame: WireFrame) -> None:
-        exchange = self._pending.get(frame.stream)
-        download, status = self._downloads.get(frame.stream, (None, 0))
-        if exchange is None or download is None:  # its client has gone
-            return
-        if len(frame.body):
-            download.on_data(frame.body)
-        if frame.end and frame.stream in self._downloads:
-            self.forget(exchange)
-            exchange.connection.end_body(exchange, status)
-
-    def _on_credit(self, frame: WireFrame) -> None:
-        window = self._windows.get(frame.stream)
-        if window is not None:
-            window.add(frame.number)
-
-    def _on_cancel(self, frame: WireFrame) -> None:
-        exchange = self._pending.get(frame.stream)
-        if exchange is not None:
-            self.forget(exchange)
-            reason = bytes(frame.body[:200]).decode(errors="replace")
-            exchange.fail(BadGateway(f"edge {self.name!r} gave up in the middle of its answer: "
-                                     f"{reason}"))
-
-    _WIRE_HANDLERS = {Kind.RESPONSE: _on_answer, Kind.DATA: _on_data, Kind.CREDIT: _on_credit,
-                      Kind.CANCEL: _on_cancel, Kind.NOTIFICATION: _on_numbered}
-
-    def _take(self, wire_id: str) -> Optional[Exchange]:
-        exchange = self._pending.pop(wire_id, None)
-        if exchange is None:
-            self._count_late()
-        return exchange
-
-    def _count_late(self) -> None:
-        self._registry.counters.add("late_responses_total")
-        bridge_log.debug("%s: answer to a request that was given up", self.name)
-
-    @contextlib.contextmanager
-    def _blaming(self, exchange: Exchange) -> Iterator[None]:
-        """Answer the exchange when the edge's answer cannot be used: only this request fails."""
-        try:
-            yield
-        except ProtocolError as error:
-            self.cancel(exchange)
-            exchange.fail(BadGateway(f"edge {self.name!r} gave an answer that makes no sense: "
-                                     f"{error}"))
-        except Exception:                         # ours; the exchange is in no table any more
-            self.cancel(exchange)
-            exchange.fail(BadGateway(f"the answer of edge {self.name!r} could not be read"))
-            raise
-
-    @staticmethod
-    def _make_response(status: int, headers: Dict[str, str], body: bytes) -> Response:
-        response = Response(body, status)
-        response.headers.update({name: value for name, value in headers.items()
-                                 if name in _EDGE_FIELDS
-                                 or name.startswith("x-") and name not in _OUR_FIELDS})
-        response.headers.update([_FOREIGN_POLICY])
-        return response
 
     def _take_plugins(self, plugins: Any, edge_name: str) -> None:
         """Take the plugins' descriptions, apart from what clients do not get to see."""
@@ -6343,6 +6381,37 @@ class EdgeRegistry:
                 link.channel.send(frame)
         if links[SUBSCRIBER_SLICE:]:
             self._loop.call_soon(self._tell_some, links[SUBSCRIBER_SLICE:], frame)
+
+
+class EdgeMemory:
+    """Writes down which edges are here, so that the next process expects them. On the loop."""
+
+    def __init__(self, registry: EdgeRegistry, path: Path) -> None:
+        self._registry, self._path = registry, path
+
+    def restore(self) -> None:
+        """Expect the edges that were here when an earlier process ended. Blocks."""
+        try:
+            self._registry.restore(json.loads(read_private(self._path) or "{}"))
+        except (EdgeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            bridge_log.error("%s: is left out: %s", self._path, error)
+
+    async def keep(self) -> None:
+        """Write down every change, at most one in RELOAD_S; runs until it is cancelled."""
+        changed, workers = asyncio.Event(), Workers("bridge-state", 1)
+        self._registry.on_told = changed.set
+        try:
+            while True:
+                await changed.wait()
+                changed.clear()
+                text = encode_json(self._registry.snapshot())
+                try:
+                    await workers.call(write_private, self._path, text)
+                except OSError as error:
+                    bridge_log.error("%s: cannot be written: %s", self._path, error)
+                await asyncio.sleep(RELOAD_S)
+        finally:
+            workers.stop()
 
 
 class _Opener(http.server.BaseHTTPRequestHandler):
@@ -6699,12 +6768,12 @@ class Bridge:
         self.connections: Set[HttpConnection] = set()            # the loop's
         self.stopping = False                     # set by stop(), read everywhere
         self._state_dir = Path(state_dir or home_dir() / "state" / BRIDGE_NAME)
-        self._edges_path = self._state_dir / "edges.json"
         self._journal = Journal(self._state_dir / "events", max_records=MAX_EVENTS,
                                 max_bytes=MAX_EVENT_BYTES, on_written=self._on_written)
         self._hub = EventHub(self.loop, self.counters, self._journal)
         self._registry = EdgeRegistry(self.loop, self._hub, self.counters, grace)
         self._registry.url = self.url
+        self._memory = EdgeMemory(self._registry, self._state_dir / "edges.json")
         self._lock = StateLock(self._state_dir, self._on_end or (lambda: None))
         self._once = OnceStore(self._state_dir / "once")         # used when it hosts plugins
         self._host = PluginHost(BRIDGE_NAME, ROLE_BRIDGE, self._state_dir,
@@ -6731,7 +6800,7 @@ class Bridge:
             raise
         self._hub.log.open()
         self._once.open()
-        self._restore_edges()
+        self._memory.restore()
         self._thread.start()
         self._registry.host = self._host
         self._host.load(select_plugins(self._wanted) if self._wanted else [])
@@ -6861,7 +6930,7 @@ class Bridge:
 
     def _takes_uploads(self, name: str) -> bool:
         return name == BRIDGE_NAME or name in self._registry.absent \
-            or self._registry.find(name).takes_uploads
+            or self._registry.find(name).requests.takes_uploads
 
     def _forwarded_fields(self, exchange: Exchange) -> Dict[str, str]:
         fields = exchange.head.fields
@@ -6903,32 +6972,9 @@ class Bridge:
     def _on_own_notification(self, plugin_name: str, topic: str, data: Any) -> None:
         self._thread.call(self._hub.publish, BRIDGE_NAME, plugin_name, topic, data)
 
-    def _restore_edges(self) -> None:
-        try:
-            self._registry.restore(json.loads(read_private(self._edges_path) or "{}"))
-        except (EdgeError, ValueError, TypeError, KeyError, AttributeError) as error:
-            bridge_log.error("%s: is left out: %s", self._edges_path, error)
-
-    async def _keep_edges(self) -> None:
-        """Write down which edges are here, for the next process to expect them."""
-        changed, workers = asyncio.Event(), Workers("bridge-state", 1)
-        self._registry.on_told = changed.set
-        try:
-            while True:
-                await changed.wait()
-                changed.clear()
-                try:
-                    await workers.call(write_private, self._edges_path,
-                                       encode_json(self._registry.snapshot()))
-                except OSError as error:
-                    bridge_log.error("%s: cannot be written: %s", self._edges_path, error)
-                await asyncio.sleep(RELOAD_S)     # at most so often
-        finally:
-            workers.stop()
-
     async def _start_tasks(self) -> None:
         self._tasks = [asyncio.ensure_future(self._sweep()), asyncio.ensure_future(self._beat()),
-                       asyncio.ensure_future(self._keep_edges())]
+                       asyncio.ensure_future(self._memory.keep())]
         if self._tokens is not None:
             self._tasks.append(asyncio.ensure_future(self._watch_tokens()))
 

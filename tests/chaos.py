@@ -408,7 +408,8 @@ class Workload:
     def _list_jobs(self):
         try:
             reply = self.client.http.get(f"/e1/psij/list_jobs/{self.sid}").raise_for_status()
-            return {job["job_id"]: f"{job['state']}: {job.get('message')}" for job in reply.json()["jobs"]}
+            return {job["job_id"]: f"{job['state']}: {job['message']}"
+                    for job in reply.json()["jobs"]}
         except radical_edge.EdgeError:
             return None
 
