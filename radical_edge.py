@@ -4041,8 +4041,7 @@ class _OnceCall(Call):
 
     def begin(self, response: Response) -> None:
         """Begin an answer in pieces, which cannot be recorded: a retry is told so."""
-        lost = Conflict("this request was done, but its answer is too long to be kept")
-        self._record(error_response(lost), lambda: None)
+        self._record(OnceStore.too_long(), lambda: None)
         self._call.begin(response)
 
     def try_write(self, piece: memoryview) -> int:
@@ -4136,9 +4135,17 @@ class OnceStore:
         number = self._journal.append([key, fingerprint, int(time.time())], b"null").number
         entry = self._entries[key] = _OnceEntry(fingerprint, number)
         self._entries.move_to_end(key)
-        while len(self._entries) > MAX_ONCE:
-            self._journal.drop_until(self._entries.popitem(last=False)[1].number)
+        self._trim_locked()
         return entry
+
+    def _trim_locked(self) -> None:
+        """Forget the oldest: they are too many, or the journal has dropped them."""
+        while self._entries:
+            number = next(iter(self._entries.values())).number
+            if len(self._entries) <= MAX_ONCE and number >= self._journal.first:
+                return
+            self._entries.popitem(last=False)
+            self._journal.drop_until(number)
 
     @staticmethod
     def _check(entry: _OnceEntry, fingerprint: str) -> None:
@@ -4153,14 +4160,16 @@ class OnceStore:
         """Record an answer, call `done`, and answer the retries that came meanwhile."""
         with self._lock:
             waiting, entry.waiting = entry.waiting, []
+            self._entries.pop(key, None)
             if response.status_code in self.NOT_NOW:
-                self._entries.pop(key, None)
                 body = b"false"
             else:
-                entry.response = response
-                body = self._encode(response)
+                entry.response = self._shorten(response)
+                body = self._encode(entry.response)
+                self._entries[key] = entry        # the last one now
             number = self._journal.append([key, entry.fingerprint, int(time.time())], body).number
             entry.number = number
+            self._trim_locked()
 
         def answer() -> None:
             done()
@@ -4168,6 +4177,15 @@ class OnceStore:
                 call_.respond(self._copy(response))
 
         self._journal.when_written(number, answer)
+
+    @staticmethod
+    def too_long() -> Response:
+        """Return what a retry gets when the answer was not kept."""
+        return error_response(Conflict("this request was done, but its answer is too long to be "
+                                       "kept for a retry"))
+
+    def _shorten(self, response: Response) -> Response:
+        return response if len(response.body) <= MAX_NOTIFICATION else self.too_long()
 
     @staticmethod
     def _copy(response: Response) -> Response:
@@ -4893,7 +4911,11 @@ class _BridgeLink:
         call_ = self._calls[frame.stream] = _StreamCall(self, frame.stream, incoming, frame.end)
         if not frame.end and len(frame.body):
             call_.on_data(frame)
-        self._edge.host.dispatch(call_)
+        if len(self._calls) > MAX_PENDING:
+            call_.respond(error_response(Unavailable("the edge has too much to do",
+                                                     headers=_retry_after(1))))
+        else:
+            self._edge.host.dispatch(call_)
 
     def _on_ping(self, _message: Dict[str, Any]) -> None:
         self._send(Opcode.TEXT, b'{"type":"pong"}')
@@ -6113,9 +6135,9 @@ class EdgeLink:
             data = _parse_json(bytes(frame.body).decode())
         except (ValueError, RecursionError):
             raise ProtocolError("notification that is not JSON", CloseCode.INVALID_DATA) from None
-        if not (isinstance(number, int) and isinstance(plugin_name, str)
-                and isinstance(topic, str)):
-            raise ProtocolError("notification without number, plugin or topic")
+        if not (type(number) is int and 0 < number < 1 << 63 and isinstance(plugin_name, str)
+                and isinstance(topic, str) and len(frame.body) <= MAX_NOTIFICATION):
+            raise ProtocolError("notification without number, plugin or topic, or too large")
         hub = self.registry.hub
         if number > hub.log.seen(self.name, self.instance):
             try:

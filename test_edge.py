@@ -3708,6 +3708,36 @@ def test_a_notification_that_is_sent_again_is_acknowledged_and_not_told_again(br
     assert FakeEdge2(bridge, tokens[1]["edge"], "f2").acked == 9
 
 
+@pytest.mark.parametrize("head, body", [
+    ([0, "p", "t"], b"1"), ([-1, "p", "t"], b"1"), ([1 << 64, "p", "t"], b"1"),
+    ([True, "p", "t"], b"1"), (["1", "p", "t"], b"1"), ([1, 2, "t"], b"1"), ([1, "p"], b"1"),
+    ([1, "p", "t"], b""), ([1, "p", "t"], b"{"), ([1, "p", "t"], b"NaN"), ([1, "p", "t"], b"\xff"),
+    ([1, "p", "t"], b"[" * 100_000), ([1, "p", "t"], b'"' + b"x" * (1 << 20) + b'"')])
+def test_a_notification_of_nonsense_ends_its_link_and_nothing_else(fake_edge2, bridge, raw, head,
+                                                                  body):
+    before = bridge._hub.log.last_id
+    fake_edge2.say_wire(radical_edge.Kind.NOTIFICATION, 0, head, body)
+    with pytest.raises((AssertionError, ConnectionError)):
+        fake_edge2.hear_wire(radical_edge.Kind.ACK)
+    assert raw().request("GET", "/health")[0] == 200
+    assert bridge._hub.log.last_id == before
+
+
+def test_answers_that_are_kept_have_bounds(counting, raw, edge, monkeypatch):
+    client, store = raw(), edge._once
+    monkeypatch.setattr(radical_edge, "MAX_ONCE", 5)
+    for number in range(12):
+        client.request("POST", "/e1/c/run/a", headers=key(f"k{number}"))
+    assert len(store._entries) == 5
+    runs = len(counting.runs)
+    client.request("POST", "/e1/c/run/a", headers=key("k11"))
+    assert len(counting.runs) == runs             # the latest are known
+    monkeypatch.setattr(store._journal, "_max_bytes", 3000)
+    for number in range(12):
+        client.request("POST", "/e1/c/run/a", headers=key(f"l{number}"))
+    assert len(store._entries) < 5
+
+
 def test_an_edge_sends_no_more_notifications_than_may_be_on_their_way(tokens, monkeypatch):
     """Replies queue behind few of them: without acknowledgements only NOTIFY_WINDOW are sent."""
     bridge = Bridge(port=0, tokens=tokens[0]).start()
