@@ -59,10 +59,13 @@ def wait_for(condition, seconds=SETTLE_S):
         time.sleep(0.05)
 
 
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+def free_port(random_):
+    """Return a port that no outgoing connection gets by chance while the bridge is down."""
+    while True:
+        port = random_.randrange(20_000, 30_000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 class Proxy:
@@ -145,12 +148,12 @@ class Pair:
 class Scene:
     """The processes, where their state lies, and the faults that can be made."""
 
-    def __init__(self, folder, python):
+    def __init__(self, folder, python, random_):
         self.folder, self.python = folder, python
         self.state, self.plugin = folder / "edge-state", folder / "chaos_plugin.py"
         self.plugin.write_text(PLUGIN)
         self.state.mkdir()
-        self.port = free_port()
+        self.port = free_port(random_)
         self.proxy = Proxy(self.port)
         self.faults = collections.Counter()
         self.log = open(folder / "log", "ab")
@@ -417,7 +420,7 @@ class Workload:
 def run(options, folder):
     """Run the whole; return what does not hold."""
     random_ = random.Random(options.seed)
-    scene = Scene(folder, options.python)
+    scene = Scene(folder, options.python, random_)
     try:
         workload = Workload(scene)
         before = scene.usage()
