@@ -21,11 +21,14 @@ Threads of an edge: the *transport* loop owns the link to the bridge and nothing
 heartbeats never wait. Every plugin has a thread and loop of its own; its plain `def` handlers run
 in worker threads. A plugin that blocks delays only itself.
 
+What must survive the process (notifications, events, answers) goes through a `Journal`, which has a
+thread that writes, so that a slow or full disk delays nothing else.
+
 The file reads from top to bottom, and each section uses only what stands above it:
 
     1. Constants and errors          7. Sockets on a loop, dialling
     2. WebSocket frames              8. Security: tokens, TLS, browsers
-    3. HTTP/1.1 heads and bodies     9. State: events, counters
+    3. HTTP/1.1 heads and bodies     9. State: journals, locks, counters
     4. Event streams                10. Routing, requests, responses
     5. Messages between the two     11. Plugins and their host
     6. Threads that run a loop      12. Edge   13. Bridge   14. Client   15. Command line
@@ -4701,7 +4704,7 @@ class _BridgeLink:
                 await self._connect_and_serve()
             except Exception:                     # ours; the edge must come back all the same
                 edge_log.exception("%s: link failed", self.url)
-            if self._loop.time() - started > BACKOFF_S[1]:
+            if self._loop.time() - started > pause:
                 pause = BACKOFF_S[0]              # it was up for a while: this is a new trouble
             await self._edge.wait_stopping(pause * random.uniform(0.5, 1.5))
             pause = min(pause * 2, BACKOFF_S[1])
@@ -5815,6 +5818,9 @@ class WholeRequests(LinkRequests):
 
     def forward(self, exchange: Exchange, target: str, headers: Dict[str, str]) -> None:
         """Send a request. Raises ContentTooLarge when it does not fit."""
+        if exchange.upload is not None:           # begun for an edge that came back as an older one
+            raise EdgeOffline("the edge has changed in the meantime: send the request again",
+                              headers=_retry_after(1))
         self._counter += 1
         req_id = f"{self._counter:x}"
         opcode, payload = encode_request(req_id, exchange.head.method, target, headers,
@@ -6193,6 +6199,7 @@ class Absence:
     def __init__(self, name: str, instance: str, token: str, described: str, until: float) -> None:
         self.name, self.instance, self.token = name, instance, token
         self.described, self.until = described, until
+        self.takes_uploads = bool(instance)       # an older edge has none
         self.plugins: Dict[str, Any] = json.loads(described)["plugins"]
         self.waiting: List[Exchange] = []
 
@@ -6951,8 +6958,12 @@ class Bridge:
             exchange.send(exchange)
 
     def _takes_uploads(self, name: str) -> bool:
-        return name == BRIDGE_NAME or name in self._registry.absent \
-            or self._registry.find(name).requests.takes_uploads
+        if name == BRIDGE_NAME:
+            return True
+        absence = self._registry.absent.get(name)
+        if absence is not None:
+            return absence.takes_uploads
+        return self._registry.find(name).requests.takes_uploads
 
     def _forwarded_fields(self, exchange: Exchange) -> Dict[str, str]:
         fields = exchange.head.fields

@@ -3892,6 +3892,24 @@ def test_a_request_waits_for_an_edge_that_comes_back(bridge, fake_edge, raw):
     assert [clients[n].reply()[2] for n in (0, 1, 3)] == [b"/p/begun", b"/p/keyed", b"/p/new"]
 
 
+@pytest.mark.parametrize("instance, status", [("", 200), ("i", 503)])
+def test_an_upload_waits_for_an_older_edge_too(bridge, fake_edge, raw, instance, status):
+    """It is not sent in part to an edge that takes only whole bodies."""
+    register = {"instance": instance, "wire": [1]} if instance else {}
+    fake, client = fake_edge("f1", **register), raw()
+    fake.hear("topology")
+    fake.close()
+    wait_until(lambda: "f1" in bridge._registry.absent)
+    client.send_request("POST", "/f1/p/up", b"x" * 100_000)
+    wait_until(lambda: bridge._registry.absent["f1"].waiting)
+    fake = fake_edge("f1", **register)
+    if status == 200:
+        request = fake.hear("request")
+        assert request["body"] == "x" * 100_000
+        fake.say(type="response", req_id=request["req_id"], status=200)
+    assert client.reply()[0] == status
+
+
 def test_an_edge_that_stays_away_is_503_in_the_end_and_one_that_left_at_once(
         tokens, fake_edge, bridge, raw, monkeypatch):
     monkeypatch.setattr(bridge._registry, "_grace", 0.3)
