@@ -4457,13 +4457,19 @@ def _is_whole(response: Response, call_: Call) -> bool:
 async def _send_body(hosted: _Hosted, request: Request, response: Response, call_: Call) -> None:
     """Send a response in pieces, as fast as they are taken. On the plugin's loop."""
     content = getattr(response, "content", None)
+    if content is None:
+        response.headers["content-length"] = str(len(response.body))
+    elif not hasattr(content, "__aiter__"):
+        content = _Producer(hosted.workers, content)
     try:
-        if content is None:
-            response.headers["content-length"] = str(len(response.body))
         call_.begin(response)
-        if request.method != "HEAD":
-            async for piece in _iterate(hosted, response):
-                await _write(call_, piece)
+        writer = _BodyWriter(call_)
+        if content is None:
+            await writer.write(response.body)
+        elif request.method != "HEAD":
+            async for piece in content:
+                await writer.write(piece)
+        await writer.flush()
         call_.finish()
     except asyncio.CancelledError:
         call_.abort(Unavailable("the plugin was stopped, or the client has gone"))
@@ -4474,40 +4480,150 @@ async def _send_body(hosted: _Hosted, request: Request, response: Response, call
                   request.path, exc_info=error)
         call_.abort(EdgeError(f"internal error; the log has it under {request.request_id}"))
     finally:
-        await _close_content(hosted, content)
-
-
-async def _iterate(hosted: _Hosted, response: Response) -> AsyncIterator[bytes]:
-    content = getattr(response, "content", (response.body,))
-    if hasattr(content, "__aiter__"):
-        async for piece in content:
-            yield piece
-        return
-    iterator = iter(content)
-    while True:
-        piece = await hosted.workers.call(next, iterator, END)   # it may read a file
-        if piece is END:
-            return
-        yield piece
-
-
-async def _write(call_: Call, piece: bytes) -> None:
-    view = memoryview(piece)
-    while view:
-        if call_.cancelled:
-            raise asyncio.CancelledError
-        taken = call_.try_write(view)
-        view = view[taken:]
-        if not taken:
-            await wait_for_async(call_.when_ready)
-
-
-async def _close_content(hosted: _Hosted, content: Any) -> None:
-    with contextlib.suppress(Exception):          # it was sent, or else its failure told
         if hasattr(content, "aclose"):
-            await content.aclose()
-        elif hasattr(content, "close"):
-            await hosted.workers.call(content.close)
+            with contextlib.suppress(Exception):  # it was sent, or else its failure told
+                await content.aclose()
+
+
+class _Producer:
+    """Runs a plain iterable in a worker thread, ahead of who sends it, but not far ahead.
+
+    The thread is given back when FILE_PIECE bytes are ready: a slow client must not hold it.
+    """
+
+    CLOSE_S = 5.0              # a content that still runs is left alone after so long
+
+    def __init__(self, workers: Workers, content: Iterable[bytes]) -> None:
+        self._workers, self._content, self._iterator = workers, content, iter(content)
+        self._lock = threading.Lock()
+        self._ready: List[bytes] = []             # guarded by _lock
+        self._size = 0                            # guarded by _lock
+        self._state = "idle"                      # or "running", "ended"; guarded by _lock
+        self._error: Optional[BaseException] = None              # guarded by _lock
+        self._waiter: Optional[Callable[[], None]] = None        # guarded by _lock
+        self._closing = False                     # nothing more is wanted
+
+    async def aclose(self) -> None:
+        """Call the content's close(), if it has one."""
+        self._closing = True
+        if hasattr(self._content, "close"):
+            await self._workers.call(self._close)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """Yield what the iterable yields, with small pieces joined; raise what it raises."""
+        while True:
+            with self._lock:
+                ready, self._ready, self._size = self._ready, [], 0
+                state, error = self._state, self._error
+                if state == "idle":
+                    self._state = "running"
+            if state == "idle":
+                self._workers.run(self._fill)
+            if ready:
+                yield ready[0] if len(ready) == 1 else b"".join(ready)
+            elif error is not None:
+                raise error
+            elif state == "ended":
+                return
+            else:
+                await wait_for_async(self._when_ready)
+
+    def _fill(self) -> None:
+        """Take pieces until enough are ready. In a worker thread."""
+        state, error = "ended", None
+        try:
+            for piece in self._iterator:
+                if self._add(piece):
+                    state = "idle"
+                    break
+        except BaseException as caught:           # raised to who iterates
+            error = caught
+        with self._lock:
+            self._state, self._error = state, error
+            waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            waiter()
+
+    def _add(self, piece: bytes) -> bool:
+        """Add a piece; return whether this is enough for now."""
+        with self._lock:
+            self._ready.append(piece)
+            self._size += len(piece)
+            waiter, self._waiter = self._waiter, None
+            enough = self._size >= FILE_PIECE or self._closing
+        if waiter is not None:
+            waiter()
+        return enough
+
+    def _close(self) -> None:
+        end = time.monotonic() + self.CLOSE_S
+        while time.monotonic() < end:
+            try:
+                self._content.close()
+                return
+            except ValueError:                    # a generator that runs at this moment
+                time.sleep(0.02)
+
+    def _when_ready(self, waiter: Callable[[], None]) -> None:
+        with self._lock:
+            waits = not self._ready and self._state == "running"
+            self._waiter = waiter if waits else None
+        if not waits:
+            waiter()
+
+
+class _BodyWriter:
+    """Sends the pieces of a body, and small ones together. On the plugin's loop.
+
+    Small pieces wait until the handler waits for something, or until they are enough.
+    """
+
+    def __init__(self, call_: Call) -> None:
+        self._call, self._loop = call_, asyncio.get_running_loop()
+        self._small = bytearray()
+        self._scheduled = False                   # that _flush_soon() is to be called
+
+    async def write(self, piece: bytes) -> None:
+        """Send a piece; return when the next one may come."""
+        if len(piece) < DATA_SIZE // 4:
+            self._small += piece
+            if len(self._small) >= DATA_SIZE:
+                await self.flush()
+            elif not self._scheduled:
+                self._scheduled = True
+                self._loop.call_soon(self._flush_soon)
+            return
+        await self.flush()
+        await self._send(memoryview(piece))
+
+    async def flush(self) -> None:
+        """Send what waits."""
+        small, self._small = bytes(self._small), bytearray()
+        await self._send(memoryview(small))
+
+    async def _send(self, view: memoryview) -> None:
+        while view:
+            if self._call.cancelled:
+                raise asyncio.CancelledError
+            taken = self._call.try_write(view)
+            view = view[taken:]
+            if not taken:
+                await wait_for_async(self._call.when_ready)
+
+    def _flush_soon(self) -> None:
+        self._scheduled = False
+        with contextlib.suppress(EdgeError):      # it is too long: the next write() raises it
+            while self._small and not self._call.cancelled:
+                taken = self._call.try_write(memoryview(bytes(self._small)))
+                del self._small[:taken]
+                if not taken:
+                    self._scheduled = True
+                    self._call.when_ready(self._wake)
+                    return
+
+    def _wake(self) -> None:
+        with contextlib.suppress(RuntimeError):   # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._flush_soon)
 
 
 def _failure_response(error: Exception, request: Request) -> Response:

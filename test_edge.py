@@ -2216,6 +2216,7 @@ class Streaming(Plugin):
         self.made = 0                             # bytes that downloads produced
         self.fates = []                           # how handlers ended
         self.file = None                          # what the route "file" serves
+        self.may_go = threading.Event()           # ends the route "plain_live"
 
     @put("hash")
     async def hash(self, request):
@@ -2259,7 +2260,41 @@ class Streaming(Plugin):
 
     @get("plain/{size}")
     def plain_down(self, request):
-        return StreamingResponse(pieces_of(int(request.path_params["size"])))
+        def make():
+            try:
+                yield from pieces_of(int(request.path_params["size"]))
+            finally:
+                self.fates.append("closed")
+        return StreamingResponse(make())
+
+    @get("lines/{kind}/{count}")
+    async def lines(self, request):
+        """As many short pieces: from a plain iterable, or an async one that waits now and then."""
+        count = int(request.path_params["count"])
+
+        async def make():
+            for number in range(count):
+                if number % 1000 == 0:
+                    await asyncio.sleep(0)
+                yield b"%d\n" % number
+
+        plain = (b"%d\n" % number for number in range(count))
+        return StreamingResponse(plain if request.path_params["kind"] == "plain" else make())
+
+    @get("live")
+    async def live(self, request):
+        """A short piece, and then nothing for long."""
+        async def make():
+            yield b"first"
+            await asyncio.sleep(3600)
+        return StreamingResponse(make())
+
+    @get("plain_live")
+    def plain_live(self, request):
+        def make():
+            yield b"first"
+            self.may_go.wait(60)
+        return StreamingResponse(make())
 
     @get("large/{size}")
     async def large(self, request):
@@ -2424,6 +2459,28 @@ def test_a_download_arrives_as_it_was_made(streaming, raw, path, size):
             assert read_all(client, reply) == (size, digest_of(size))
 
 
+@only_wire2
+@pytest.mark.parametrize("kind", ["plain", "async"])
+def test_very_many_short_pieces_are_sent_together(streaming, raw, kind):
+    count = 300_000
+    client = raw()
+    client.send_request("GET", f"/e1/s/lines/{kind}/{count}")
+    lines = b"".join(b"%d\n" % number for number in range(count))
+    assert read_all(client, client.reply()) == (len(lines), hashlib.sha256(lines).hexdigest())
+
+
+@only_wire2
+@pytest.mark.parametrize("path", ["live", "plain_live"])
+def test_a_short_piece_does_not_wait_for_the_next(streaming, raw, path):
+    client = raw()
+    client.send_request("GET", f"/e1/s/{path}")
+    client.reply()
+    while b"5\r\nfirst\r\n" not in client._buffer:
+        client._buffer += receive(client)
+    client.close()
+    streaming.may_go.set()
+
+
 def test_an_http_10_client_gets_a_download_that_ends_with_the_connection(streaming, raw, wire):
     client = raw()
     client.send(f"GET /e1/s/down/300000 HTTP/1.0\r\nAuthorization: Bearer {client.token}\r\n\r\n"
@@ -2501,6 +2558,16 @@ def test_a_client_that_does_not_read_stops_the_handler_and_nobody_else(streaming
     stuck.close()
     wait_until(lambda: "closed" in streaming.fates)
     wait_until(lambda: other.request("GET", "/e1/s/version")[0] == 200)
+
+
+@only_wire2
+@pytest.mark.parametrize("path", ["down", "plain"])
+def test_a_download_that_nobody_reads_any_more_is_closed(streaming, raw, path):
+    client = raw()
+    client.send_request("GET", f"/e1/s/{path}/10000000000")
+    client.reply()
+    client.close()
+    wait_until(lambda: streaming.fates == ["closed"])
 
 
 @only_wire2
