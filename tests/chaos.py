@@ -291,7 +291,7 @@ class Workload:
     def __init__(self, scene):
         self.scene = scene
         self.client = radical_edge.BridgeClient(scene.url, token=scene.token)
-        self.stopping = threading.Event()
+        self.stopping, self.following = threading.Event(), threading.Event()
         self.jobs, self.unanswered = {}, []       # job_id by number; numbers without an answer
         self.ticks = 0                            # the last that was acknowledged
         self.found = []                           # ticks in the order of their arrival
@@ -304,7 +304,9 @@ class Workload:
                          for target in (self._submit, self._emit, self._follow)]
 
     def start(self):
-        for thread in self._threads:
+        self._threads[-1].start()
+        self.following.wait(SETTLE_S)             # the first event came: nothing is missed from now
+        for thread in self._threads[:2]:
             thread.start()
 
     def stop(self):
@@ -369,6 +371,7 @@ class Workload:
 
     def _follow(self):
         for event in radical_edge.events(url=self.scene.url, token=self.scene.token):
+            self.following.set()
             if event["topic"] == "gap":
                 self.counts["gaps"] += 1
             if event["topic"] != "notification":
