@@ -165,7 +165,7 @@ def measure(count: int, events: int) -> None:
             found = burst(scene, sockets, events, 200)
             for sock in sockets:
                 sock.close()
-            time.sleep(1)                         # at rest
+            time.sleep(4)                         # at rest
             after = memory_mib(scene.bridge.pid)
         finally:
             scene.close()
