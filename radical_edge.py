@@ -2843,7 +2843,7 @@ def is_stopped(pid: int) -> bool:
     """Whether a process was stopped by a signal (SIGSTOP, Ctrl-Z)."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0] in ("T", "t")
+            return file.read().rpartition(")")[2].split()[0] == "T"      # "t" is a debugger
     except (OSError, IndexError):
         return False
 
