@@ -6926,6 +6926,7 @@ class Bridge:
                                 changed=lambda: self._thread.call(self._registry.on_changed),
                                 once=self._once)
         self._routes = _Routes(self, self._authenticator, self._registry, self._hub)
+        self._own_exchanges: Set[Exchange] = set()               # the loop's; for plugins of ours
         self._most_connections = 0                # since memory was given back; the loop's
         self._own_ids = f"{secrets.token_hex(4)}-"
         self._request_count = 0                   # the loop's
@@ -6978,9 +6979,8 @@ class Bridge:
                 "connections": len(self.connections),
                 "requests_pending": sum(link.pending for link in links.values()),
                 "auth_failures": self._authenticator.failures,
-                "last_event_id": self._hub.log.last_id,
                 "edges_absent": len(self._registry.absent),
-                "events_dropped": self._journal.dropped}
+                "last_event_id": self._hub.log.last_id, "events_dropped": self._journal.dropped}
 
     def end_soon(self) -> None:
         """Ask whoever started the bridge to stop it, once the answers under way are sent."""
@@ -7040,6 +7040,7 @@ class Bridge:
 
     def on_answered(self, exchange: Exchange, status: int) -> None:
         """Count and log an answer."""
+        self._own_exchanges.discard(exchange)
         seconds = self.loop.time() - exchange.started
         self.counters.add("requests_total", 1, f'status="{status}"')
         self.counters.add("request_seconds_sum", seconds)
@@ -7049,6 +7050,7 @@ class Bridge:
 
     def on_client_gone(self, exchange: Exchange) -> None:
         """Cancel a request whose client has gone."""
+        self._own_exchanges.discard(exchange)
         if exchange.link is not None:
             exchange.link.cancel(exchange)
         elif exchange.own_call is not None:
@@ -7066,6 +7068,7 @@ class Bridge:
         exchange.on_progress()
         if name == BRIDGE_NAME:
             incoming = EdgeRequest(exchange.request_id, head.method, target, headers, exchange.body)
+            self._own_exchanges.add(exchange)
             self._host.dispatch(_OwnCall(self._thread, exchange, incoming))
             return
         exchange.send = lambda exchange: self._registry.find(name).forward(exchange, target,
@@ -7132,6 +7135,7 @@ class Bridge:
             await asyncio.sleep(SWEEP_S)
             now = self.loop.time()
             self._give_back_memory()
+            self._end_own_late(now)
             self._registry.sweep(now)
             for link in list(self._registry.links.values()):
                 link.sweep(now, self._heartbeat)
@@ -7140,6 +7144,13 @@ class Bridge:
                 link.close(CloseCode.POLICY, "did not register in time")
             for connection in [item for item in self.connections if item.deadline < now]:
                 connection.on_deadline()
+
+    def _end_own_late(self, now: float) -> None:
+        """Fail requests to the bridge's own plugins that are past their deadline."""
+        for exchange in [item for item in self._own_exchanges if item.deadline < now]:
+            exchange.own_call.cancel()
+            exchange.fail(DeadlineExceeded("the bridge's own plugin did not answer in time"))
+            exchange.cancelled = True             # its plugin may still answer, to nobody
 
     def _give_back_memory(self) -> None:
         """Return to the system what many connections needed, when most of them are gone."""

@@ -2889,6 +2889,16 @@ def new_session(client, edge="e1"):
     return json.loads(client.request("POST", f"/{edge}/echo/register_session")[2])["sid"]
 
 
+def test_a_plugin_of_the_bridge_itself_that_takes_too_long_is_504(bridge, raw):
+    bridge._host.add(EchoPlugin, "own")
+    client = raw()
+    for _ in range(2):
+        reply = client.request("GET", "/bridge/own/wait/60", headers=[("X-Request-Timeout", "0.3")])
+        assert_error(reply, 504, "own plugin")
+    assert client.request("GET", "/bridge/own/hello")[0] == 200
+    assert not bridge._own_exchanges
+
+
 def test_events_come_with_the_topology_first_and_numbered(edge, raw):
     client, listener = raw(), Listener(raw())
     assert listener.head[1]["content-type"] == "text/event-stream"
