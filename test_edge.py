@@ -2896,7 +2896,7 @@ def test_a_plugin_of_the_bridge_itself_that_takes_too_long_is_504(bridge, raw):
         reply = client.request("GET", "/bridge/own/wait/60", headers=[("X-Request-Timeout", "0.3")])
         assert_error(reply, 504, "own plugin")
     assert client.request("GET", "/bridge/own/hello")[0] == 200
-    assert not bridge._own_exchanges
+    wait_until(lambda: not bridge._own_exchanges)
 
 
 def test_events_come_with_the_topology_first_and_numbered(edge, raw):
