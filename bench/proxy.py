@@ -8,6 +8,10 @@ Three processes are started for it: an `http.server` that answers a few bytes, a
 the next request of a connection when the answer to the last one is there. The direct echo and the
 proxied GET take turns, several times, so that noise of the machine hits both. Printed are medians.
 
+With one plain connection a bare relay takes its turn too: as many processes and threads as a bridge
+and an edge have on this path, which pass the bytes on and look at none of them. It shows what part
+of the latency is the system's.
+
 CPU: seconds per 1,000 requests of each process, from /proc; "-" elsewhere.
 """
 from __future__ import annotations
@@ -70,6 +74,39 @@ class Echo(Plugin):
     async def hello(self, request):
         return {"echo": "hello"}
 '''
+
+BARE_RELAY = """
+import socket, subprocess, sys, threading
+
+def tune(sock):
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+def relay():
+    server = socket.create_server(("127.0.0.1", 0))
+    port = str(server.getsockname()[1])
+    subprocess.Popen([sys.executable, sys.argv[0], port], stdout=subprocess.DEVNULL)
+    link = tune(server.accept()[0])
+    print(port, flush=True)
+    while True:
+        client = tune(server.accept()[0])
+        for data in iter(lambda: client.recv(65536), b""):
+            link.sendall(data)
+            client.sendall(link.recv(65536))
+
+def far_end(port):
+    link, asked = tune(socket.create_connection(("127.0.0.1", port))), threading.Lock()
+    asked.acquire()
+    threading.Thread(target=answer, args=(link, asked), daemon=True).start()
+    while link.recv(65536):
+        asked.release()
+
+def answer(link, asked):
+    while asked.acquire():
+        link.sendall(b'HTTP/1.1 200 OK\\r\\nContent-Length: 16\\r\\n\\r\\n{"echo":"hello"}')
+
+far_end(int(sys.argv[1])) if len(sys.argv) > 1 else relay()
+"""
 
 
 class Load:
@@ -143,6 +180,11 @@ class Processes:
         self._env = {**os.environ, "HOME": str(folder), "PYTHONUNBUFFERED": "1"}
         self.echo, line = self._start([sys.executable, "-c", ECHO_SERVER, *files], "")
         self.echo_port = int(line)
+        bare = folder / "bare.py"
+        bare.write_text(BARE_RELAY)
+        self.bare_port = 0
+        if not tls:
+            self.bare_port = int(self._start([sys.executable, str(bare)], "")[1])
         plugin = folder / "echo_plugin.py"
         plugin.write_text(ECHO_PLUGIN)
         script = str(ROOT / "radical_edge.py")
@@ -193,10 +235,13 @@ def measure(processes: Processes, connections: int, seconds: float) -> dict:
     direct_request = b"GET / HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n\r\n"
     watched = {"echo": processes.echo.pid, "bridge": processes.bridge.pid,
                "edge": processes.edge.pid}
-    rows: dict[str, list] = {"direct": [], "proxied": []}
+    targets = [("direct", processes.echo_port, direct_request),
+               ("proxied", processes.bridge_port, proxied_request(processes))]
+    if connections == 1 and processes.bare_port:
+        targets.append(("bare", processes.bare_port, direct_request))
+    rows: dict[str, list] = {kind: [] for kind, _, _ in targets}
     for _ in range(ROUNDS):
-        for kind, port, request in (("direct", processes.echo_port, direct_request),
-                                    ("proxied", processes.bridge_port, proxied_request(processes))):
+        for kind, port, request in targets:
             load = Load(port, request, connections, processes.context)
             load.run(0.3)                          # warm up: connections, caches, threads
             before = {name: cpu_seconds(pid) for name, pid in watched.items()}
@@ -221,6 +266,10 @@ def report(title: str, connections: int, result: dict) -> None:
           f"{proxied['rate'] / direct['rate']:8.2f} {direct['latency'] * 1e6:10.0f} "
           f"{proxied['latency'] * 1e6:10.0f} {proxied['latency'] / direct['latency']:8.2f}   "
           + " ".join(f"{value:7.3f}" for value in cpu), flush=True)
+    if "bare" in result:
+        bare = result["bare"]
+        print(f"      bare relay: {bare['rate']:.0f} a second ({bare['rate'] / direct['rate']:.2f}), "
+              f"{bare['latency'] * 1e6:.0f} us ({bare['latency'] / direct['latency']:.2f})")
 
 
 def main() -> None:
