@@ -2,6 +2,7 @@
 
     1. sysinfo    the machine: CPU, memory, disks, network, GPUs
     2. psij       jobs: a local executor of our own, and the batch systems through psij-python
+    7. lucid      pilots and tasks through RADICAL-Pilot, which runs in a child process
 
 Optional packages are imported where they are needed, and a plugin that lacks one says so.
 """
@@ -11,6 +12,7 @@ import asyncio
 import codecs
 import contextlib
 import datetime
+import itertools
 import json
 import logging
 import os
@@ -27,11 +29,13 @@ import uuid
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
-from radical_edge import (Conflict, NotFound, NotInstalled, Plugin, PluginClient, PluginSession,
-                          Request, Unavailable, Unprocessable, repeatable, write_private)
+from radical_edge import (Conflict, DeadlineExceeded, EdgeError, NotFound, NotInstalled, Plugin,
+                          PluginClient, PluginSession, Request, TooManyRequests, Unavailable,
+                          Unprocessable, repeatable, write_private)
 
-__all__ = ["LocalExecutor", "PSIJClient", "PSIJSession", "PluginPSIJ", "PluginSysInfo",
-           "SysInfoClient", "SysInfoProvider", "SysInfoSession"]
+__all__ = ["LocalExecutor", "LucidClient", "LucidSession", "PSIJClient", "PSIJSession",
+           "PilotChild", "PluginLucid", "PluginPSIJ", "PluginSysInfo", "SysInfoClient",
+           "SysInfoProvider", "SysInfoSession"]
 
 # ---------------------------------------------------------------------------
 # 1. sysinfo: what the machine is and how busy it is. Parsers turn text into values; the provider
@@ -1737,3 +1741,805 @@ class PluginPSIJ(Plugin):
         """End a job; answer {"job_id", "status"}."""
         return await self._forward(request.path_params["sid"], PSIJSession.cancel_job,
                                    request.path_params["job_id"])
+
+
+# ---------------------------------------------------------------------------
+# 7. lucid: pilots and tasks of RADICAL-Pilot, which runs in a child process of its own: it blocks
+#    for seconds, ends its process when a pilot fails, and leaves processes behind. First the
+#    child's program, then who speaks with it, then session, client and plugin.
+# ---------------------------------------------------------------------------
+
+log_lucid = logging.getLogger("radical_edge.lucid")
+
+CHILD_START_S = 180.0          # managers and their processes; 10 s on a quiet machine
+CHILD_CALL_S = 90.0            # submitting and cancelling; a child that takes longer is stuck
+CHILD_CLOSE_S = 20.0           # pilots are cancelled, which takes 3 s; then everything is killed
+CANCEL_WAIT_S = 20.0           # until RADICAL-Pilot confirms a cancellation
+PILOT_END_S = 20.0             # after its pilot ended, a task is told its state within so long
+MAX_WAIT_S = 300.0             # of one task_wait request
+MAX_CHILDREN = 8               # sessions with a child, which has a dozen processes
+MAX_ENTRIES = 10_000           # pilots and tasks of a session; the oldest finished ones go
+MAX_DESCRIPTION = 1024 * 1024  # bytes of a description as JSON
+MAX_LINE = 16 * 1024 * 1024    # bytes of a line between edge and child
+
+PILOT_FINAL = frozenset(("DONE", "FAILED", "CANCELED", "LOST"))
+_TOLD_STATES = PILOT_FINAL | {"AGENT_EXECUTING"}     # of a task; it has a dozen more
+
+# Runs as `python child.py LINK LIFELINE`. The first process is a supervisor, the second one
+# RADICAL-Pilot. All that either leaves behind becomes a child of the supervisor, which kills it
+# when the second ends, or when the edge, which holds the other end of LIFELINE, closes it or dies.
+# LINK carries a JSON object a line: {"id", "op", ...} in; {"id", "value"}, {"id", "error"} and
+# {"event", ...} out.
+_PILOT_CHILD = r'''
+import ctypes, json, os, select, signal, socket, sys, threading, time
+
+link, lifeline = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
+os.set_inheritable(link.fileno(), False)
+os.set_inheritable(lifeline, False)
+
+def prctl(option, value):
+    try:
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+    except (OSError, AttributeError):
+        pass                                      # not Linux: the edge's own means must do
+
+def find_children():
+    me, found = str(os.getpid()), []
+    for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc/self") else ()):
+        try:
+            with open("/proc/%s/stat" % name) as file:
+                if file.read().rpartition(")")[2].split()[1] == me:
+                    found.append(int(name))
+        except OSError:
+            pass
+    return found
+
+def kill_all():
+    """Kill child after child: orphans become ours, so that in the end there is none."""
+    while True:
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        for pid in find_children() or [worker]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except OSError:
+                pass
+        time.sleep(0.02)
+
+def supervise():
+    link.close()
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    os.set_blocking(woken, False)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)     # RADICAL-Pilot signals whole groups
+    ended = False
+    while not ended:
+        if lifeline in select.select([lifeline, woken], [], [], 5)[0]:
+            break
+        try:
+            os.read(woken, 4096)
+        except OSError:
+            pass
+        while True:
+            pid = os.waitpid(-1, os.WNOHANG)[0] if not ended else 0
+            ended = ended or pid == worker
+            if not pid:
+                break
+    kill_all()
+    os._exit(0)
+
+prctl(36, 1)                                      # PR_SET_CHILD_SUBREAPER
+worker = os.fork()
+if worker:
+    supervise()
+prctl(1, signal.SIGKILL)                          # PR_SET_PDEATHSIG: if the supervisor is killed
+os.close(lifeline)
+
+sending = threading.Lock()
+
+def send(**message):
+    line = json.dumps(message, default=str).encode() + b"\n"
+    with sending:
+        link.sendall(line)
+
+def plain(value):
+    """A JSON value: what JSON lacks becomes text, and a number that it lacks null."""
+    return json.loads(json.dumps(value, default=str, skipkeys=True),
+                      parse_constant=lambda name: None)
+
+def report(kind, entity, state):
+    info = plain(entity.as_dict()) if state in rp.FINAL else None
+    send(event=kind, uid=entity.uid, state=state, info=info)
+
+def on_pilot(pilot, state):
+    report("pilot", pilot, state)
+
+def on_task(task, state):
+    report("task", task, state)
+
+try:
+    import radical.pilot as rp
+except Exception as error:
+    send(event="failed", missing=True, error="%s: %s" % (type(error).__name__, error))
+    sys.exit(1)
+try:
+    session = rp.Session()
+    pilots, tasks = rp.PilotManager(session=session), rp.TaskManager(session=session)
+    pilots.register_callback(on_pilot)
+    tasks.register_callback(on_task)
+except Exception as error:
+    send(event="failed", missing=False, error="%s: %s" % (type(error).__name__, error))
+    os._exit(1)
+
+def submit_pilot(description):
+    pilot = pilots.submit_pilots(rp.PilotDescription({**description, "exit_on_error": False}))
+    tasks.add_pilots(pilot)
+
+def submit_task(description):
+    tasks.submit_tasks(rp.TaskDescription(description))
+
+operations = {"pilot_submit": submit_pilot, "task_submit": submit_task,
+              "pilot_cancel": lambda uid: pilots.cancel_pilots(uid),
+              "task_cancel": lambda uid: tasks.cancel_tasks(uid),
+              "close": lambda _: session.close(download=False)}
+send(event="ready", uid=session.uid, pid=os.getpid())
+for line in link.makefile("rb"):
+    request = json.loads(line)
+    try:
+        operations[request["op"]](request["value"])
+        send(id=request["id"], value=None)
+    except Exception as error:                    # typed errors of many kinds: all are refusals
+        send(id=request["id"], error="%s: %s" % (type(error).__name__, error))
+    if request["op"] == "close":
+        break
+os._exit(0)
+'''
+
+
+class Refused(Exception):
+    """RADICAL-Pilot did not take what it was given; the text says why."""
+
+
+class PilotChild:
+    """RADICAL-Pilot in a child process with a supervisor. All methods run on one loop.
+
+    folder: where it lives, as its HOME, RADICAL_BASE and working directory. on_event(message) is
+    called for each {"event": ...} of the child, and at last for {"event": "gone"}.
+    """
+
+    def __init__(self, folder: Path, on_event: Callable[[Dict[str, Any]], None]) -> None:
+        self._folder, self._on_event = folder, on_event
+        self._ids = itertools.count()
+        self._calls: Dict[int, "asyncio.Future[Any]"] = {}       # by id
+        self._writer: Optional[asyncio.StreamWriter] = None
+        self._lifeline = -1                       # open while the child may live
+        self._reading: Optional["asyncio.Task[None]"] = None
+
+    async def start(self) -> None:
+        """Start the process; {"event": "ready"} or "failed" follows. Raises OSError."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.to_thread(self._launch, theirs)
+        reader, self._writer = await asyncio.open_connection(sock=ours, limit=MAX_LINE)
+        self._reading = asyncio.ensure_future(self._read(reader, process))
+
+    async def call(self, operation: str, value: Any, timeout: float = CHILD_CALL_S) -> Any:
+        """Run an operation in the child. Raises Refused, or Unavailable when the child is gone.
+
+        A child that does not answer within `timeout` seconds is killed: it never will.
+        """
+        number, future = next(self._ids), asyncio.get_running_loop().create_future()
+        if self._writer is None or self._lifeline < 0:
+            raise Unavailable("the process that runs RADICAL-Pilot has ended")
+        self._calls[number] = future
+        self._writer.write(encode_line({"id": number, "op": operation, "value": value}))
+        try:
+            return await asyncio.wait_for(future, timeout)
+        except asyncio.TimeoutError:
+            self.kill()
+            raise Unavailable("RADICAL-Pilot did not answer and was ended") from None
+        finally:
+            self._calls.pop(number, None)
+
+    async def close(self) -> None:
+        """Cancel the pilots in good order, then end all that is left; return when it is gone."""
+        with contextlib.suppress(Refused, Unavailable):
+            await self.call("close", None, CHILD_CLOSE_S)
+        self.kill()
+        if self._reading is not None:
+            await asyncio.wait([self._reading])
+
+    def kill(self) -> None:
+        """Make the supervisor kill everything."""
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+
+    def _launch(self, link: socket.socket) -> "subprocess.Popen[bytes]":
+        """Start the supervisor. Blocks."""
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        program = self._folder / "child.py"
+        write_private(program, _PILOT_CHILD)
+        python = pilot_python()
+        theirs, lifeline = os.pipe()
+        try:
+            with open(self._folder / "child.log", "ab") as output:
+                process = subprocess.Popen(
+                    [python, str(program), str(link.fileno()), str(theirs)],
+                    stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                    pass_fds=(link.fileno(), theirs), start_new_session=True,
+                    cwd=str(self._folder), env=child_environment(python, self._folder))
+        except BaseException:
+            os.close(lifeline)
+            raise
+        finally:
+            os.close(theirs)
+        self._lifeline = lifeline
+        return process
+
+    async def _read(self, reader: asyncio.StreamReader,
+                    process: "subprocess.Popen[bytes]") -> None:
+        try:
+            while True:
+                line = await reader.readline()
+                if not line.endswith(b"\n"):
+                    break
+                self._take(json.loads(line))
+        except (OSError, ValueError) as error:    # a line that is too long or no JSON
+            log_lucid.error("%s: its child broke the protocol: %s", self._folder.name, error)
+        finally:
+            self.kill()
+            self._writer.close()
+        await asyncio.to_thread(process.wait)
+        for future in list(self._calls.values()):
+            _fail(future, Unavailable("the process that runs RADICAL-Pilot has ended"))
+        self._on_event({"event": "gone"})
+
+    def _take(self, message: Dict[str, Any]) -> None:
+        if "event" in message:
+            self._on_event(message)
+            return
+        future = self._calls.get(message["id"])
+        if future is None or future.done():
+            log_lucid.warning("%s: answer %s of the child came too late", self._folder.name,
+                              message["id"])
+        elif "error" in message:
+            future.set_exception(Refused(message["error"]))
+        else:
+            future.set_result(message["value"])
+
+
+def _fail(future: "asyncio.Future[Any]", error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+def encode_line(value: Any) -> bytes:
+    """Return a JSON value as one line."""
+    return json.dumps(value).encode() + b"\n"
+
+
+def pilot_python() -> str:
+    """Return the Python that has radical.pilot: RADICAL_LUCID_PYTHON, or the edge's own."""
+    return os.environ.get("RADICAL_LUCID_PYTHON") or sys.executable
+
+
+def child_environment(python: str, folder: Path) -> Dict[str, str]:
+    """Return the environment in which RADICAL-Pilot works.
+
+    It starts programs of its own by name, in shells of its own, so that the virtual environment
+    must be an activated one; and it litters HOME, which therefore is the session's directory.
+    """
+    programs = os.path.dirname(os.path.abspath(python))
+    environment = {**_clean_environment(), "HOME": str(folder), "RADICAL_BASE": str(folder),
+                   "PWD": str(folder), "PYTHONUNBUFFERED": "1"}      # PWD: where its logs go
+    environment["PATH"] = os.pathsep.join([programs, environment.get("PATH", os.defpath)])
+    environment.pop("VIRTUAL_ENV", None)
+    prefix = os.path.dirname(programs)
+    if os.path.exists(os.path.join(prefix, "pyvenv.cfg")):
+        environment["VIRTUAL_ENV"] = prefix
+    return environment
+
+
+def parse_description(value: Any, kind: str) -> Dict[str, Any]:
+    """Return a copy of a pilot's or task's description, with a uid. Raises Unprocessable.
+
+    What the fields mean, RADICAL-Pilot knows; here are only their bounds.
+    """
+    if not isinstance(value, dict) or not value:
+        raise Unprocessable("description: must be an object with the fields of a RADICAL-Pilot "
+                            f"{kind} description")
+    if len(json.dumps(value)) > MAX_DESCRIPTION:
+        raise Unprocessable(f"description: has more than {MAX_DESCRIPTION} bytes")
+    uid = value.get("uid") or f"{kind}.{uuid.uuid4().hex[:12]}"
+    if not isinstance(uid, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", uid):
+        raise Unprocessable("description.uid: must be 1 to 100 letters, digits, '.', '_' or '-'")
+    return {**value, "uid": uid}
+
+
+def parse_task_description(value: Any) -> Dict[str, Any]:
+    """Return what parse_description() does. The task's HOME is the user's, not the child's."""
+    description = parse_description(value, "task")
+    environment = description.get("environment")
+    if environment is None:
+        environment = {}
+    if not isinstance(environment, dict):
+        raise Unprocessable("description.environment: must be an object")
+    return {**description, "environment": {"HOME": os.path.expanduser("~"), **environment}}
+
+
+class Tracked:
+    """A pilot or a task, and what is known of it. The plugin's loop owns it."""
+
+    def __init__(self, description: Dict[str, Any], state: str = "NEW",
+                 reason: Optional[str] = None, kept: Optional[Dict[str, Any]] = None) -> None:
+        self.uid, self.description = description["uid"], description
+        self.state, self.reason = state, reason
+        self.info: Dict[str, Any] = kept or {}    # what RADICAL-Pilot says of it at its end
+        self.ended = asyncio.Event()
+        if self.is_final:
+            self.ended.set()
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the state will not change any more."""
+        return self.state in PILOT_FINAL
+
+    def update(self, state: str, reason: Optional[str] = None,
+               info: Optional[Dict[str, Any]] = None) -> bool:
+        """Take a new state, unless there is a final one already; return whether it was taken."""
+        if self.is_final or state == self.state:
+            return False
+        self.state, self.reason, self.info = state, reason, info or {}
+        if self.is_final:
+            self.ended.set()
+        return True
+
+    def describe(self) -> Dict[str, Any]:
+        """Return what is known, with the names of Task.as_dict()."""
+        blank = {"uid": self.uid, "name": self.description.get("name"), "exit_code": None,
+                 "stdout": None, "stderr": None, "description": self.description}
+        return {**blank, **self.info, "state": self.state, "reason": self.reason}
+
+    def summarize(self) -> Dict[str, Any]:
+        """Return what list says."""
+        return {"uid": self.uid, "state": self.state, "reason": self.reason,
+                "exit_code": self.info.get("exit_code")}
+
+    def keep(self) -> List[Any]:
+        """Return what is stored; Tracked(*kept) is the same, but for its output."""
+        kept = {name: self.info[name] for name in ("exit_code", "task_sandbox")
+                if name in self.info}
+        return [self.description, self.state, self.reason, kept]
+
+
+class LucidSession(PluginSession):
+    """A session of RADICAL-Pilot: its pilots and its tasks. They end with the edge."""
+
+    def __init__(self, sid: str) -> None:
+        super().__init__(sid)
+        self.status = "starting"                  # then "ready"; at last "failed" or "ended"
+        self._error: Optional[EdgeError] = None   # why calls fail, unless ready
+        self._pid: Optional[int] = None           # of the process that runs RADICAL-Pilot
+        self._pilots: Dict[str, Tracked] = {}
+        self._tasks: Dict[str, Tracked] = {}
+        self._child: Optional[PilotChild] = None  # None in a restored session
+        self._starting: Optional["asyncio.Task[None]"] = None
+        self._timers: List[asyncio.TimerHandle] = []
+        self._loss = "child_died"                 # why the child will have ended
+
+    async def start(self) -> None:
+        """Start the child, in the background. A restored session has none any more."""
+        if self.status == "starting":
+            self._child = PilotChild(self._plugin.folder(self.sid), self._on_event)
+            self._starting = asyncio.ensure_future(self._start_child(self._child))
+            self._call_later(CHILD_START_S, self._on_late)
+
+    def is_busy(self) -> bool:
+        """A session with live pilots does not expire."""
+        return any(not pilot.is_final for pilot in self._pilots.values())
+
+    @property
+    def has_child(self) -> bool:
+        """Whether a process runs for this session."""
+        return self.status in ("starting", "ready")
+
+    def snapshot(self) -> Any:
+        """Return pilots and tasks, for a later process to say what became of them."""
+        return {"status": self.status, "error": self._error and self._error.detail,
+                "pilots": [pilot.keep() for pilot in self._pilots.values()],
+                "tasks": [task.keep() for task in self._tasks.values()]}
+
+    def restore(self, state: Any) -> None:
+        """Take what an earlier process left: what lived then is lost."""
+        for kind, table in (("pilots", self._pilots), ("tasks", self._tasks)):
+            for kept in state[kind]:
+                entry = Tracked(*kept)
+                table[entry.uid] = entry
+        self.status = "failed" if state["status"] == "failed" else "ended"
+        self._error = Conflict(state["error"] or "the edge was restarted, and RADICAL-Pilot with "
+                               "it: register a new session")
+        asyncio.get_running_loop().call_soon(self._lose_all, "edge_restart")
+
+    # -- what clients ask for
+
+    async def pilot_submit(self, description: Any) -> Dict[str, Any]:
+        """Submit a pilot; return {"pid"}. Raises Unprocessable, Conflict or NotInstalled."""
+        entry = Tracked(parse_description(description, "pilot"))
+        entry.description["exit_on_error"] = False       # it would end the child
+        await self._submit("pilot_submit", self._pilots, entry)
+        return {"pid": entry.uid}
+
+    async def task_submit(self, description: Any) -> Dict[str, Any]:
+        """Submit a task; return {"tid"}. It waits for a pilot. Raises as pilot_submit() does."""
+        entry = Tracked(parse_task_description(description))
+        self._require_child()
+        if self._pilots and not self.is_busy():
+            raise Conflict("all pilots of the session have ended: submit another one first")
+        await self._submit("task_submit", self._tasks, entry)
+        return {"tid": entry.uid}
+
+    async def task_wait(self, tid: str, timeout: float = MAX_WAIT_S) -> Dict[str, Any]:
+        """Return {"tid", "task"} once the task has ended.
+
+        timeout: seconds. Raises DeadlineExceeded when it has not ended by then.
+        """
+        task = self._find(self._tasks, tid, "task")
+        try:
+            await asyncio.wait_for(task.ended.wait(), timeout)
+        except asyncio.TimeoutError:
+            raise DeadlineExceeded(f"the task is {task.state} after {timeout:g} s: wait "
+                                   "again") from None
+        return {"tid": tid, "task": task.describe()}
+
+    async def get_task(self, tid: str) -> Dict[str, Any]:
+        """Return {"tid", "task"} as things are."""
+        return {"tid": tid, "task": self._find(self._tasks, tid, "task").describe()}
+
+    async def get_pilot(self, pid: str) -> Dict[str, Any]:
+        """Return {"pid", "pilot"} as things are."""
+        return {"pid": pid, "pilot": self._find(self._pilots, pid, "pilot").describe()}
+
+    async def task_cancel(self, tid: str) -> Dict[str, Any]:
+        """End a task; return {"tid", "status": "canceled"}. Raises Conflict if it has ended."""
+        await self._cancel("task_cancel", self._find(self._tasks, tid, "task"))
+        return {"tid": tid, "status": "canceled"}
+
+    async def pilot_cancel(self, pid: str) -> Dict[str, Any]:
+        """End a pilot; return {"pid", "status": "canceled"}. Raises Conflict if it has ended."""
+        await self._cancel("pilot_cancel", self._find(self._pilots, pid, "pilot"))
+        return {"pid": pid, "status": "canceled"}
+
+    async def list(self) -> Dict[str, Any]:
+        """Return {"pilots", "tasks"}: uid, state, reason and exit_code of each."""
+        return {"pilots": [pilot.summarize() for pilot in self._pilots.values()],
+                "tasks": [task.summarize() for task in self._tasks.values()]}
+
+    async def get_status(self) -> Dict[str, Any]:
+        """Return {"status": starting, ready, failed or ended, "error", "pid" of the child}."""
+        return {"sid": self.sid, "status": self.status, "pid": self._pid,
+                "error": self._error and self._error.detail}
+
+    async def close(self) -> Dict[str, Any]:
+        """End the pilots, the tasks and the child, and delete their directory."""
+        self._loss = "session_closed"
+        for timer in self._timers:
+            timer.cancel()
+        if self._child is not None:
+            await asyncio.wait([self._starting])
+            await self._child.close()
+        await asyncio.to_thread(shutil.rmtree, self._plugin.folder(self.sid), True)
+        return await super().close()
+
+    async def stop(self) -> None:
+        """End the child because the edge ends; what it ran is lost."""
+        self._lose_all("edge_restart")
+        if self._child is not None:
+            self._child.kill()
+
+    # -- inside
+
+    async def _start_child(self, child: PilotChild) -> None:
+        try:
+            await child.start()
+        except OSError as error:
+            self._end("failed", Unavailable(f"the child could not be started: {error}"))
+
+    def _on_late(self) -> None:
+        if self.status == "starting":
+            self._end("failed", Unavailable(f"RADICAL-Pilot took more than {CHILD_START_S:.0f} s "
+                                            "to start"))
+            self._child.kill()
+
+    def _call_later(self, seconds: float, function: Callable[[], None]) -> None:
+        self._timers = [timer for timer in self._timers
+                        if timer.when() > asyncio.get_running_loop().time()]
+        self._timers.append(asyncio.get_running_loop().call_later(seconds, function))
+
+    def _on_event(self, message: Dict[str, Any]) -> None:
+        kind = message["event"]
+        if kind == "ready" and self.status == "starting":
+            self.status, self._pid = "ready", message["pid"]
+            self.notify("session_status", {"sid": self.sid, "status": "ready"})
+        elif kind == "failed":
+            error = message["error"]
+            self._end("failed", NotInstalled(f"radical.pilot cannot be imported ({error}): pip "
+                                             "install radical.pilot") if message["missing"]
+                      else Unavailable(f"RADICAL-Pilot did not start: {error}"))
+        elif kind == "gone":
+            self._end("ended", Conflict("the process that ran RADICAL-Pilot has ended: register "
+                                        "a new session"))
+        elif kind in ("pilot", "task"):
+            self._on_state(kind, message)
+
+    def _end(self, status: str, error: EdgeError) -> None:
+        """Take notice that there is no child any more, unless that is known."""
+        if not self.has_child:
+            return
+        self.status, self._error = status, error
+        log_lucid.warning("%s: %s", self.sid, error.detail)
+        self.notify("session_status", {"sid": self.sid, "status": status, "error": error.detail})
+        self._lose_all(self._loss)
+
+    def _on_state(self, kind: str, message: Dict[str, Any]) -> None:
+        entry = (self._pilots if kind == "pilot" else self._tasks).get(message["uid"])
+        if entry is None or not entry.update(message["state"], info=message.get("info")):
+            return
+        if kind == "pilot" or entry.state in _TOLD_STATES:
+            self._tell(kind, entry)
+        if entry.is_final:
+            self.keep()
+        if kind == "pilot" and entry.is_final:
+            self._call_later(PILOT_END_S, self._lose_stranded)
+
+    def _tell(self, kind: str, entry: Tracked) -> None:
+        told = {"sid": self.sid, **entry.summarize(), {"pilot": "pid", "task": "tid"}[kind]:
+                entry.uid}
+        self.notify(f"{kind}_status", told)
+
+    def _lose_stranded(self) -> None:
+        """Give up the tasks that a pilot took with it: RADICAL-Pilot leaves some waiting."""
+        if not self.is_busy():
+            self._lose([task for task in self._tasks.values() if task.state.startswith("AGENT")],
+                       "task", "pilot_ended")
+
+    def _lose_all(self, reason: str) -> None:
+        self._lose(self._pilots.values(), "pilot", reason)
+        self._lose(self._tasks.values(), "task", reason)
+        self.keep()
+
+    def _lose(self, entries: Iterable[Tracked], kind: str, reason: str) -> None:
+        for entry in entries:
+            if entry.update("LOST", reason):
+                self._tell(kind, entry)
+
+    def _require_child(self) -> PilotChild:
+        if self.status == "starting":
+            raise Conflict("the session is still starting, which takes 10 s or more: ask for its "
+                           "status, and try again when it is ready")
+        if self._error is not None:
+            raise self._error
+        return self._child
+
+    async def _submit(self, operation: str, table: Dict[str, Tracked], entry: Tracked) -> None:
+        self._check_active()
+        child = self._require_child()
+        if entry.uid in table:
+            raise Conflict(f"description.uid: there is a {entry.uid!r} in this session already")
+        self._make_room(table)
+        table[entry.uid] = entry                  # states may be told before the call returns
+        # to its end, although the client may go away meanwhile
+        await asyncio.shield(asyncio.ensure_future(self._send(child, operation, table, entry)))
+
+    @staticmethod
+    async def _send(child: PilotChild, operation: str, table: Dict[str, Tracked],
+                    entry: Tracked) -> None:
+        try:
+            await child.call(operation, entry.description)
+        except Refused as error:
+            del table[entry.uid]
+            raise Unprocessable(f"description: RADICAL-Pilot refuses it: {error}") from None
+        except EdgeError:
+            entry.update("LOST", "child_died")    # it may have been begun
+            raise
+
+    @staticmethod
+    def _make_room(table: Dict[str, Tracked]) -> None:
+        if len(table) < MAX_ENTRIES:
+            return
+        oldest = next((uid for uid, entry in table.items() if entry.is_final), None)
+        if oldest is None:
+            raise TooManyRequests(f"the session has {MAX_ENTRIES} that have not ended: wait for "
+                                  "some of them")
+        del table[oldest]
+
+    async def _cancel(self, operation: str, entry: Tracked) -> None:
+        if not entry.is_final:
+            try:
+                await self._require_child().call(operation, entry.uid)
+                await asyncio.wait_for(entry.ended.wait(), CANCEL_WAIT_S)
+            except Refused as error:
+                raise Unavailable(f"RADICAL-Pilot did not cancel it: {error}") from None
+            except asyncio.TimeoutError:
+                raise Unavailable("it was told to end and has not yet: look again") from None
+            if entry.state == "CANCELED":
+                return
+        raise Conflict(f"it has ended already: it is {entry.state}")
+
+    @staticmethod
+    def _find(table: Dict[str, Tracked], uid: str, kind: str) -> Tracked:
+        if uid not in table:
+            raise NotFound(f"there is no {kind} {uid[:80]!r} in this session: see list")
+        return table[uid]
+
+
+class LucidClient(PluginClient):
+    """A program's access to the pilots and tasks of one session."""
+
+    def wait_ready(self, timeout: float = CHILD_START_S) -> None:
+        """Return once RADICAL-Pilot works. Raises EdgeError when it fails or takes longer."""
+        end = time.monotonic() + timeout
+        while True:
+            status = self.get_status()
+            if status["status"] == "ready":
+                return
+            if status["status"] != "starting":
+                raise Unavailable(f"the session is {status['status']}: {status['error']}")
+            if time.monotonic() > end:
+                raise DeadlineExceeded(f"RADICAL-Pilot was not ready after {timeout:g} s")
+            time.sleep(0.25)
+
+    def pilot_submit(self, description: Dict[str, Any]) -> Dict[str, Any]:
+        """Submit a pilot, once the session is ready; return {"pid"}."""
+        self.wait_ready()
+        return self._post(f"pilot_submit/{self._require_session()}", {"description": description})
+
+    def task_submit(self, description: Dict[str, Any]) -> Dict[str, Any]:
+        """Submit a task, once the session is ready; return {"tid"}."""
+        self.wait_ready()
+        return self._post(f"task_submit/{self._require_session()}", {"description": description})
+
+    def task_wait(self, tid: str, timeout: Optional[float] = None) -> Dict[str, Any]:
+        """Return {"tid", "task"} once the task has ended, in any state.
+
+        timeout: seconds, None for no limit. Raises DeadlineExceeded.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = 60.0 if end is None else max(0.0, min(60.0, end - time.monotonic()))
+            try:
+                return self._get(f"task_wait/{self._require_session()}/{tid}",
+                                 timeout=f"{left:.3f}")
+            except DeadlineExceeded:
+                if end is not None and time.monotonic() >= end:
+                    raise
+
+    def task_cancel(self, tid: str) -> Dict[str, Any]:
+        """End a task; return {"tid", "status"}. Raises Conflict when it has ended already."""
+        return self._post(f"task_cancel/{self._require_session()}/{tid}")
+
+    def pilot_cancel(self, pid: str) -> Dict[str, Any]:
+        """End a pilot; return {"pid", "status"}. Raises Conflict when it has ended already."""
+        return self._post(f"pilot_cancel/{self._require_session()}/{pid}")
+
+    def get_task(self, tid: str) -> Dict[str, Any]:
+        """Return {"tid", "task"}."""
+        return self._get(f"task/{self._require_session()}/{tid}")
+
+    def get_pilot(self, pid: str) -> Dict[str, Any]:
+        """Return {"pid", "pilot"}."""
+        return self._get(f"pilot/{self._require_session()}/{pid}")
+
+    def list(self) -> Dict[str, Any]:
+        """Return {"pilots", "tasks"} of this session."""
+        return self._get(f"list/{self._require_session()}")
+
+    def get_status(self) -> Dict[str, Any]:
+        """Return {"status": starting, ready, failed or ended, "error", "pid"}."""
+        return self._get(f"status/{self._require_session()}")
+
+
+class PluginLucid(Plugin):
+    """Runs pilots and tasks through RADICAL-Pilot, wherever that is installed."""
+
+    plugin_name = "lucid"
+    session_class = LucidSession
+    client_class = LucidClient
+    version = "0.0.1"
+    ui_config = {
+        "icon": "✈️", "title": "RADICAL-Pilot",
+        "description": "Pilots and tasks through RADICAL-Pilot.",
+        "monitors": [{"id": "tasks", "title": "📊 Task Monitor", "type": "task_list",
+                      "css_class": "lucid-output", "empty_text": "No tasks submitted yet."}],
+        "notifications": {"topic": "task_status", "id_field": "tid", "state_field": "state"}}
+
+    def __init__(self, app: Any, instance_name: str = "lucid") -> None:
+        super().__init__(app, instance_name)
+        self.add_route_post("pilot_submit/{sid}", self.pilot_submit)
+        self.add_route_post("task_submit/{sid}", self.task_submit)
+        self.add_route_get("task_wait/{sid}/{tid}", self.task_wait)
+        for method, path, function in (
+                ("POST", "task_cancel/{sid}/{tid}", LucidSession.task_cancel),
+                ("POST", "pilot_cancel/{sid}/{pid}", LucidSession.pilot_cancel),
+                ("GET", "task/{sid}/{tid}", LucidSession.get_task),
+                ("GET", "pilot/{sid}/{pid}", LucidSession.get_pilot),
+                ("GET", "list/{sid}", LucidSession.list),
+                ("GET", "status/{sid}", LucidSession.get_status)):
+            self.add_route(method, path, self._make_handler(function))
+
+    def is_enabled(self) -> bool:
+        """Whether radical.pilot is there, in the Python that the child will run."""
+        python = pilot_python()
+        search = "import importlib.util, sys; sys.exit(importlib.util.find_spec('radical.pilot')" \
+                 " is None)"
+        if run_command([python, "-c", search], 10 * COMMAND_S) is not None:
+            return True
+        self.why_disabled = (f"radical.pilot is not installed for {python}: pip install "
+                             "radical.pilot, or name another Python in RADICAL_LUCID_PYTHON")
+        return False
+
+    def folder(self, sid: str) -> Path:
+        """Return the directory of a session and its child."""
+        return self.state_dir / "sessions" / sid
+
+    async def start(self) -> None:
+        """Delete what sessions left that are gone."""
+        await asyncio.to_thread(self._clean, set(self._sessions))
+
+    async def stop(self) -> None:
+        """End the children: nothing of RADICAL-Pilot can be found again by a later process."""
+        for record in self._sessions.values():
+            await record.session.stop()
+
+    async def pilot_submit(self, request: Request) -> Any:
+        """Submit the pilot of {"description"}; answer {"pid"}."""
+        return await self._submit(request, LucidSession.pilot_submit)
+
+    async def task_submit(self, request: Request) -> Any:
+        """Submit the task of {"description"}; answer {"tid"}."""
+        return await self._submit(request, LucidSession.task_submit)
+
+    async def task_wait(self, request: Request) -> Any:
+        """Answer {"tid", "task"} once it has ended; 504 after ?timeout= seconds."""
+        timeout = parse_seconds(request.query_params.get("timeout", f"{MAX_WAIT_S}"), "timeout")
+        return await self._forward(request.path_params["sid"], LucidSession.task_wait,
+                                   request.path_params["tid"], min(timeout, MAX_WAIT_S))
+
+    async def _submit(self, request: Request, function: Callable[..., Any]) -> Any:
+        body = await request.json_object()
+        answer = await self._forward(request.path_params["sid"], function, body.get("description"))
+        await self._store_now()                   # so that a later process can tell what became
+        return answer
+
+    def _make_handler(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        async def handler(request: Request) -> Any:
+            params = dict(request.path_params)
+            return await self._forward(params.pop("sid"), function, *params.values())
+        handler.__doc__ = function.__doc__
+        return handler
+
+    def _create_session(self, sid: str, **kwargs: Any) -> PluginSession:
+        if kwargs:
+            raise Unprocessable(f"{sorted(kwargs)[0]}: a lucid session takes no arguments")
+        if sum(record.session.has_child for record in self._sessions.values()) >= MAX_CHILDREN:
+            raise TooManyRequests(f"there are {MAX_CHILDREN} sessions with a process already: "
+                                  "unregister one")
+        return LucidSession(sid)
+
+    def _clean(self, known: Any) -> None:
+        for folder in (self.state_dir / "sessions").glob("*"):
+            if folder.name not in known:
+                shutil.rmtree(folder, True)
+
+
+def parse_seconds(text: str, name: str) -> float:
+    """Return a query value as seconds. Raises Unprocessable for anything but 0 or more."""
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?", text):
+        raise Unprocessable(f"{name}: {text[:40]!r} is not a number of seconds, 0 or more")
+    return float(text)

@@ -1308,7 +1308,7 @@ class _LockSelector(selectors.DefaultSelector):
     @property
     def waits_on_lock(self) -> bool:
         """Whether wake() is needed. Changes only while the loop's thread runs callbacks."""
-        return len(self.get_map()) <= 1
+        return len(self.get_map() or ()) <= 1     # None: it is closed
 
     def wake(self) -> None:
         """End the select() under way, or else the next one. Any thread."""
