@@ -156,6 +156,7 @@ GRACE_S = 10.0                 # requests wait so long for an edge that has lost
 BACKOFF_S = (0.25, 30.0)       # first and longest pause between an edge's attempts to connect
 STOP_S = 2.5                   # a clean end; what still runs then is left behind
 TOPOLOGY_S = 0.05              # changes within so long are told in one message
+ANSWER_LOG_S = 0.005           # a line for an answer is written so late, and delays no request
 SWEEP_S = 0.25                 # deadlines are looked at so often
 RELOAD_S = 1.0                 # token files are looked at so often
 LOGIN_FAILURES = 10            # wrong tokens an address has, per LOGIN_WINDOW_S
@@ -6653,6 +6654,9 @@ class _Listener(http.server.ThreadingHTTPServer):
         bridge_log.exception("%s: connection failed", client_address[0])
 
 
+_OWN_SEGMENTS = frozenset(("", *RESERVED_NAMES - {BRIDGE_NAME}))    # with which they begin
+
+
 class _Routes:
     """The bridge's own routes: who may ask for what, and the answers. On the loop.
 
@@ -6689,7 +6693,7 @@ class _Routes:
         """
         segments, method = exchange.segments, exchange.head.method
         first = segments[0]
-        if first in ("", *RESERVED_NAMES - {BRIDGE_NAME}) or segments == [BRIDGE_NAME, "terminate"]:
+        if first in _OWN_SEGMENTS or segments == [BRIDGE_NAME, "terminate"]:
             exchange.route, exchange.params = self.router.match(method, segments)
             right = exchange.route.right
         else:
@@ -6930,6 +6934,7 @@ class Bridge:
         self._most_connections = 0                # since memory was given back; the loop's
         self._own_ids = f"{secrets.token_hex(4)}-"
         self._request_count = 0                   # the loop's
+        self._unlogged: List[Tuple[Any, ...]] = []               # the loop's; see on_answered()
 
     # -- life
 
@@ -7039,14 +7044,16 @@ class Bridge:
             exchange.fail(EdgeError(f"internal error; the log has it under {exchange.request_id}"))
 
     def on_answered(self, exchange: Exchange, status: int) -> None:
-        """Count and log an answer."""
+        """Count an answer; its line in the log is written a moment later, many at once."""
         self._own_exchanges.discard(exchange)
         seconds = self.loop.time() - exchange.started
         self.counters.add("requests_total", 1, f'status="{status}"')
         self.counters.add("request_seconds_sum", seconds)
-        bridge_log.info("%s: %s %s %s %d in %.1f ms", exchange.request_id,
-                        exchange.identity.name if exchange.identity else "-", exchange.head.method,
-                        exchange.head.path[:120], status, seconds * 1000)
+        if not self._unlogged:
+            self.loop.call_later(ANSWER_LOG_S, self._log_answers)
+        self._unlogged.append((
+            exchange.request_id, exchange.identity.name if exchange.identity else "-",
+            exchange.head.method, exchange.head.path[:120], status, seconds * 1000))
 
     def on_client_gone(self, exchange: Exchange) -> None:
         """Cancel a request whose client has gone."""
@@ -7113,6 +7120,11 @@ class Bridge:
         return f"{self._own_ids}{self._request_count:x}"
 
     # -- inside
+
+    def _log_answers(self) -> None:
+        unlogged, self._unlogged = self._unlogged, []
+        for answer in unlogged:
+            bridge_log.info("%s: %s %s %s %d in %.1f ms", *answer)
 
     def _adopt(self, connection: HttpConnection, sock: socket.socket) -> None:
         self.connections.add(connection)
@@ -7193,6 +7205,7 @@ class Bridge:
         await asyncio.sleep(0)                    # closing connections write their last bytes
         for connection in list(self.connections):
             connection.channel.close("the bridge ends")
+        self._log_answers()
 
 
 def describe_api(routes: Router, edges: Dict[str, Dict[str, List[Tuple[str, str]]]]
