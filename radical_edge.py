@@ -48,6 +48,7 @@ import errno
 import fnmatch
 import functools
 import gc
+import gzip
 import hashlib
 import hmac
 import http.client
@@ -129,6 +130,8 @@ MAX_ONCE = 20_000              # answers kept for retries
 MAX_ONCE_BYTES = 24 * 1024 * 1024    # bytes of them
 MAX_WORKERS = 64               # threads that run one plugin's plain `def` handlers
 MAX_EXPIRED = 4096             # expired session ids remembered, so that they are 410 and not 404
+MAX_UI_CONFIG = 64 * 1024      # bytes of a plugin's description of its page, as JSON
+MAX_UI_MODULE = 512 * 1024     # bytes of a plugin's own JavaScript for its page
 MAX_PRIVATE_FILE = 256 * 1024 * 1024  # bytes of a token or state file
 READ_SIZE = 64 * 1024          # bytes asked of a socket at once; more costs page faults
 MAX_RECORD = 16 * 1024         # bytes in a TLS record (RFC 8446, section 5.1)
@@ -2038,14 +2041,23 @@ _GRANTS = {"look": frozenset((Scope.ADMIN, Scope.CLIENT, Scope.READ)),
 
 
 class Identity(NamedTuple):
-    """Who makes a request: the token's name and scope, and the edge names it may register."""
+    """Who makes a request: the token's name and scope, and the edge names it may register.
+
+    expires: when the token or the sign-in ends, in seconds since the epoch; None for never.
+    """
     name: str
     scope: Scope
     edges: str = "*"
+    expires: Optional[float] = None
 
     def may(self, right: str) -> bool:
         """Whether the token's scope grants "look", "use", "register" or "manage"."""
         return self.scope in _GRANTS[right]
+
+    def describe(self) -> Dict[str, Any]:
+        """Return {"name", "scope", "rights", "expires"}, as a page that adapts to it needs them."""
+        return {"name": self.name, "scope": self.scope.value, "expires": self.expires,
+                "rights": [right for right in _GRANTS if self.may(right)]}
 
 
 ANYONE = Identity("anyone", Scope.ADMIN)          # with --no-auth
@@ -2223,7 +2235,7 @@ class TokenStore:
         expires = record.get("expires")
         if expires is not None and expires <= time.time():
             return None
-        return Identity(record["name"], Scope(record["scope"]), record.get("edges") or "*")
+        return Identity(record["name"], Scope(record["scope"]), record.get("edges") or "*", expires)
 
 
 def parse_lifetime(text: str) -> float:
@@ -2308,13 +2320,19 @@ class Authenticator:
         cookie = parse_cookies(head.fields.get("cookie", "")).get(COOKIE_NAME)
         return self._check_cookie(cookie) if cookie else None
 
+    @property
+    def needs_token(self) -> bool:
+        """Whether a caller has to say who it is; False with --no-auth."""
+        return self._tokens is not None
+
     def sign_in(self, token: str, address: str) -> Tuple[Identity, str]:
         """Return (identity, cookie value) for a browser's token; raises as identify() does."""
         if self._tokens is None:
             return ANYONE, ""
         identity = self._check_token(token, address)
         expires = int(time.time()) + COOKIE_S
-        return identity, encode_cookie(identity.name, _digest(token), expires)
+        cookie = encode_cookie(identity.name, _digest(token), expires)
+        return self._until(identity, expires), cookie
 
     def _check_token(self, token: str, address: str) -> Identity:
         assert self._tokens is not None
@@ -2334,7 +2352,12 @@ class Authenticator:
         if found is None or int(expires) < time.time():
             return None
         good = hmac.compare_digest(_sign_cookie(name, found[1], int(expires)), signature)
-        return found[0] if good else None
+        return self._until(found[0], int(expires)) if good else None
+
+    @staticmethod
+    def _until(identity: Identity, expires: int) -> Identity:
+        """Return who is signed in until then, unless the token expires before."""
+        return identity._replace(expires=min(expires, identity.expires or expires))
 
     def _check_host(self, host: str) -> None:
         """Refuse a name that is not ours: DNS rebinding points any name at this address."""
@@ -3454,6 +3477,113 @@ def plugin(name: str) -> Callable[[Type["Plugin"]], Type["Plugin"]]:
     return register
 
 
+# What a ui_config may have: by kind of object, {key: kind of value}. A "!" ends a key that must be
+# there; a tuple lists the only values; [kind] is a list of that kind. See check_ui_config().
+UI_SCHEMA: Dict[str, Dict[str, Any]] = {
+    "ui_config": {
+        "icon": "text", "title": "text", "description": "text", "stub_message": "text",
+        "refresh_button": "flag", "custom_template": "flag", "auto_load": "route",
+        "forms": ["form"], "monitors": ["monitor"], "notifications": "notifications"},
+    "form": {
+        "id!": "name", "title": "text", "layout": ("single", "grid2", "grid3"),
+        "fields": ["field"], "submit": "submit"},
+    "field": {
+        "name!": "name", "label": "text", "css_class": "text", "placeholder": "text",
+        "type": ("text", "number", "textarea", "select", "checkbox", "hidden",
+                 "custom_attributes"),
+        "default": "value", "required": "flag", "column": "column", "options": ["option"],
+        "options_endpoint": "route", "help": "text"},
+    "option": {"value!": "value", "label": "text"},
+    "submit": {
+        "label": "text", "style": ("success", "primary", "secondary", "danger"),
+        "endpoint": "route"},
+    "monitor": {
+        "id!": "name", "title": "text", "type": ("task_list", "metrics", "table", "raw"),
+        "css_class": "text", "empty_text": "text", "auto_load": "route", "refresh": "seconds",
+        "detail": "route", "actions": ["action"]},
+    "action": {
+        "label!": "text", "endpoint!": "route",
+        "style": ("success", "primary", "secondary", "danger"), "states": ["text"]},
+    "notifications": {"topic!": "text", "id_field!": "name", "state_field": "name"},
+}
+_UI_VALUES: Dict[str, Tuple[str, Callable[[Any], bool]]] = {
+    "text": ("a string of at most 4096 characters",
+             lambda value: isinstance(value, str) and len(value) <= 4096),
+    "name": ("a string of 1 to 64 letters, digits, '.', '_' or '-'",
+             lambda value: isinstance(value, str) and
+             re.fullmatch(r"[A-Za-z0-9._-]{1,64}", value) is not None),
+    "flag": ("true or false", lambda value: isinstance(value, bool)),
+    "column": ("0, 1 or 2", lambda value: type(value) is int and 0 <= value <= 2),
+    "seconds": ("a number of seconds, 1 or more", lambda value: type(value) in (int, float) and
+                1 <= value < 1e6),
+    "value": ("a string, a number, or true or false",
+              lambda value: isinstance(value, (str, int, float))),
+    "route": ("a route under the plugin's own namespace, such as 'status/{sid}'",
+              lambda value: isinstance(value, str) and re.fullmatch(
+                  r"(?!.*\.\.)[A-Za-z0-9{][A-Za-z0-9._~{}/?=&%+-]{0,255}", value) is not None),
+}
+
+
+def check_ui_config(config: Any) -> None:
+    """Check a plugin's description of its page against UI_SCHEMA.
+
+    Raises ValueError that names the place and what belongs there: "ui_config.forms[0].layout: ...".
+    Absent and None are the same. An option may be a value alone, in place of {"value", "label"}.
+    """
+    _check_ui_value("ui_config", config, "ui_config")
+    try:
+        size = len(encode_json(config))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"ui_config: must hold JSON values only ({error})") from None
+    if size > MAX_UI_CONFIG:
+        raise ValueError(f"ui_config: has {size} bytes as JSON; at most {MAX_UI_CONFIG} are taken")
+    for index, form in enumerate(config.get("forms") or []):
+        _check_ui_fields(f"ui_config.forms[{index}]", form.get("fields") or [])
+
+
+def _check_ui_value(place: str, value: Any, kind: Any) -> None:
+    if isinstance(kind, tuple):
+        if value not in kind:
+            raise ValueError(f"{place}: {value!r:.80} is none of {', '.join(kind)}")
+    elif isinstance(kind, list):
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{place}: must be a list")
+        for index, item in enumerate(value):
+            _check_ui_value(f"{place}[{index}]", item, kind[0])
+    elif kind == "option" and not isinstance(value, dict):
+        _check_ui_value(place, value, "value")
+    elif kind in UI_SCHEMA:
+        _check_ui_object(place, value, UI_SCHEMA[kind])
+    elif not _UI_VALUES[kind][1](value):
+        raise ValueError(f"{place}: {value!r:.80} is not {_UI_VALUES[kind][0]}")
+
+
+def _check_ui_object(place: str, value: Any, keys: Dict[str, Any]) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}: must be an object")
+    kinds = {key.rstrip("!"): kind for key, kind in keys.items()}
+    for key, item in value.items():
+        if key not in kinds:
+            raise ValueError(f"{place}: has no key {key!r:.80}; there are {', '.join(kinds)}")
+        if item is not None:
+            _check_ui_value(f"{place}.{key}", item, kinds[key])
+    for key in keys:
+        if key.endswith("!") and value.get(key[:-1]) is None:
+            raise ValueError(f"{place}.{key[:-1]}: is missing")
+
+
+def _check_ui_fields(place: str, fields: List[Dict[str, Any]]) -> None:
+    """Check what concerns several keys of a field, or several fields of a form."""
+    names = [field["name"] for field in fields]
+    for index, field in enumerate(fields):
+        if field["name"] in names[:index]:
+            raise ValueError(f"{place}.fields[{index}].name: {field['name']!r} is used twice")
+        if field.get("type") == "select" and not (field.get("options")
+                                                  or field.get("options_endpoint")):
+            raise ValueError(f"{place}.fields[{index}].options: a select needs them, or an "
+                             "options_endpoint")
+
+
 class PluginSession:
     """One client's state in a plugin; subclasses add methods and keyword arguments.
 
@@ -3706,15 +3836,34 @@ class Plugin:
 
     def describe(self) -> Dict[str, Any]:
         """Return what the bridge tells clients of this plugin."""
+        problem = self.ui_problem()
         return {"type": self.plugin_name or self._instance_name, "namespace": self.namespace,
-                "version": self.version, "enabled": True, "ui_config": self.describe_ui()}
+                "version": self.version, "enabled": True, "ui_config": self.describe_ui(),
+                **({"ui_problem": problem} if problem else {})}
 
     def describe_ui(self) -> Dict[str, Any]:
-        """Return ui_config as a dict; objects with to_dict() are taken too."""
-        config = self.ui_config
-        return dict(config.to_dict() if hasattr(config, "to_dict") else config or {})
+        """Return ui_config as a dict, {} when check_ui_config() finds something wrong with it.
+
+        Objects with to_dict() or model_dump() are taken too.
+        """
+        return {} if self.ui_problem() else self._ui_dict()
+
+    def ui_problem(self) -> Optional[str]:
+        """Return what is wrong with ui_config, or None. The plugin is served all the same."""
+        try:
+            check_ui_config(self._ui_dict())
+        except ValueError as error:
+            return str(error)
+        return None
 
     # -- inside
+
+    def _ui_dict(self) -> Any:
+        config = self.ui_config
+        for name in ("to_dict", "model_dump"):
+            if callable(getattr(config, name, None)):
+                return getattr(config, name)()
+        return {} if config is None else config
 
     @staticmethod
     def _register(cls: Type["Plugin"]) -> None:
@@ -4225,6 +4374,7 @@ class _Hosted:
         self.thread = LoopThread(f"plugin-{name}", has_sockets=False).start()
         self.workers = Workers(f"plugin-{name}")
         self.plugin: Any = None                   # set once it is made
+        self.ui_module: Optional[str] = None      # JavaScript for the plugin's page; likewise
         self.tasks: Set["asyncio.Task[None]"] = set()    # handlers that run; the plugin's loop's
 
     def stop(self) -> bool:
@@ -4323,11 +4473,15 @@ class PluginHost:
         for name, hosted in self._hosted.items():
             described = dict(hosted.plugin.describe())
             described["namespace"] = f"/{self.name}{hosted.plugin.namespace}"
-            described["ui_module"] = self._read_ui_module(hosted.plugin)
+            described["ui_module"] = hosted.ui_module
             described["routes"] = [[route.method, route.pattern]
                                    for route in hosted.plugin.router.list()]
             plugins[name] = described
         return plugins
+
+    def ui_module(self, name: str) -> Optional[str]:
+        """Return a plugin's UI module; None without one."""
+        return self._hosted[name].ui_module if name in self._hosted else None
 
     def notify(self, plugin_name: str, topic: str, data: Any) -> Optional[WhenSafe]:
         """Pass a plugin's notification on. Any thread.
@@ -4374,7 +4528,10 @@ class PluginHost:
             raise Unavailable(made.why_disabled)
         store = _SessionStore(made.state_dir / "sessions.json", hosted.workers)
         await made._open(store)
+        hosted.ui_module = await hosted.workers.call(self._read_ui_module, made)
         hosted.plugin = made
+        if made.ui_problem():
+            log.error("%s: its page is plain, for %s", made.instance_name, made.ui_problem())
 
     def _resolve(self, call_: Call) -> Tuple[_Hosted, Route, Request]:
         incoming = call_.incoming
@@ -4445,10 +4602,15 @@ class PluginHost:
         if not plugin_object.ui_module:
             return None
         try:
-            return Path(plugin_object.ui_module).read_text(encoding="utf-8")
+            text = Path(plugin_object.ui_module).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             log.error("%s: the UI module cannot be read: %s", plugin_object.instance_name, error)
             return None
+        if len(text.encode()) > MAX_UI_MODULE:
+            log.error("%s: the UI module is left out: it has more than %d bytes",
+                      plugin_object.instance_name, MAX_UI_MODULE)
+            return None
+        return text
 
 
 def _is_whole(response: Response, call_: Call) -> bool:
@@ -5252,27 +5414,104 @@ bridge_log = logging.getLogger("radical_edge.bridge")
 # fields of an edge's answer that reach the client, beside those that begin with x-
 _EDGE_FIELDS = frozenset(("content-type", "content-disposition", "content-encoding",
                           "content-language", "content-range", "accept-ranges", "etag",
-                          "last-modified", "cache-control", "retry-after", "allow"))
+                          "last-modified", "retry-after", "allow"))
 _OUR_FIELDS = frozenset(("x-request-id", "x-content-type-options", "x-frame-options"))
 # fields of a client's request that an edge does not get: credentials, and what only we may say
 _KEPT_BACK = HOP_BY_HOP | {"authorization", "cookie", "host", "content-length", "origin", "referer"}
 # what an edge answers is not ours: no script in it may run with this origin's cookie
 _FOREIGN_POLICY = ("Content-Security-Policy", "sandbox; default-src 'none'")
 
-_PAGE = """<!doctype html>
+# stands in for explorer.html where that is missing
+_PLAIN_PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Radical Edge</title>
 <h1>Radical Edge</h1>
-<p>This bridge is up. Its API is described in <a href="openapi.json">openapi.json</a>; the command
+<p>This bridge is up. Its page for browsers, explorer.html, is not beside radical_edge.py. The API is
+described in <a href="openapi.json">openapi.json</a>; the command
 <code>python radical_edge.py --list</code> shows which edges are connected.</p>
 </html>
 """
-_PAGE_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+# {scripts} and {styles}: the hashes of what stands in the page itself; nothing else runs, and no
+# string becomes markup (trusted-types)
+_PAGE_POLICY = ("default-src 'none'; script-src {scripts}; style-src {styles}; connect-src 'self'; "
+                "img-src data:; frame-src 'self'; base-uri 'none'; form-action 'none'; "
+                "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'")
+# for the frame in which a plugin's own module runs: an origin of its own, and no network at all
+_FRAME_POLICY = ("sandbox allow-scripts; default-src 'none'; script-src {scripts} blob:; "
+                 "style-src 'unsafe-inline'; img-src data: blob:; font-src data:; base-uri 'none'; "
+                 "form-action 'none'; frame-ancestors 'self'; webrtc 'block'")
+_PAGE_FIELDS = {"Cache-Control": "no-cache", "Referrer-Policy": "no-referrer",
+                "Cross-Origin-Opener-Policy": "same-origin", "X-DNS-Prefetch-Control": "off",
+                "Vary": "Accept-Encoding", "Permissions-Policy":
+                "camera=(), display-capture=(), geolocation=(), microphone=(), usb=()"}
+
+
+class _Document:
+    """A page as it is sent: its bytes, compressed too, and its policy. Never changes."""
+
+    def __init__(self, text: str, policy: str) -> None:
+        self._body = text.encode()
+        self._compressed = gzip.compress(self._body, 9)
+        self._etag = hashlib.sha256(self._body).hexdigest()[:16]
+        self._policy = policy.format(scripts=self._hashes("script", text),
+                                     styles=self._hashes("style", text))
+
+    def respond(self, fields: Dict[str, str]) -> Response:
+        """Return the answer to a request with these fields: 304 for who has it already."""
+        zipped = re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))",
+                           fields.get("accept-encoding", "")) is not None
+        etag = f'"{self._etag}{"-gzip" if zipped else ""}"'
+        headers = {**_PAGE_FIELDS, "Content-Security-Policy": self._policy, "ETag": etag}
+        if etag in fields.get("if-none-match", ""):
+            return Response(b"", HTTPStatus.NOT_MODIFIED, headers)
+        if zipped:
+            headers["Content-Encoding"] = "gzip"
+        return Response(self._compressed if zipped else self._body, headers=headers,
+                        media_type="text/html; charset=utf-8")
+
+    @staticmethod
+    def _hashes(tag: str, text: str) -> str:
+        """Return the sources that allow the page's own elements (CSP 3, section 2.3.1)."""
+        digests = [hashlib.sha256(found.encode()).digest()
+                   for found in re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)]
+        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'"
+                        for digest in digests) or "'none'"
+
+
+def load_explorer(path: Optional[Path] = None) -> Tuple[_Document, _Document]:
+    """Return (the page, the frame for plugins' modules) of explorer.html; a plain page without it.
+
+    The frame's text is the content of <template id="frame"> in the page.
+    """
+    path = path or _find_explorer()
+    try:
+        text = path.read_text(encoding="utf-8") if path else _PLAIN_PAGE
+    except (OSError, UnicodeDecodeError) as error:
+        bridge_log.error("%s cannot be read, so the page is a plain one: %s", path, error)
+        text = _PLAIN_PAGE
+    found = re.search(r'<template id="frame">\n?(.*?)</template>\n?', text, re.DOTALL)
+    frame = found[1] if found else ""
+    page = text.replace(found[0], "") if found else text
+    return _Document(page, _PAGE_POLICY), _Document(frame, _FRAME_POLICY)
+
+
+def _find_explorer() -> Optional[Path]:
+    """Return where explorer.html is: beside this file, or where pip has put it."""
+    beside = Path(__file__).resolve().with_name("explorer.html")
+    if beside.is_file():
+        return beside
+    import importlib.metadata                     # slow, and not needed beside the file
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for file in importlib.metadata.files("radical-edge") or ():
+            if file.name == "explorer.html":
+                return Path(str(file.locate()))
+    return None
 
 
 def _response_fields(response: Response) -> List[Tuple[str, str]]:
     """Return the fields that every reply has, and those of this one."""
-    return [("Date", _http_date(int(time.time()))), ("Cache-Control", "no-store"),
+    return [("Date", _http_date(int(time.time()))),
+            ("Cache-Control", response.headers.get("cache-control", "no-store")),
             ("X-Content-Type-Options", "nosniff"),
             *((name.title(), value) for name, value in response.headers.items()
               if name != "cache-control")]
@@ -6295,8 +6534,9 @@ class EdgeLink:
                 continue
             described = dict(described)
             module = described.pop("ui_module", None)
-            if isinstance(module, str):
+            if isinstance(module, str) and len(module) <= MAX_UI_MODULE:
                 modules[name] = module
+                described["ui_module"] = f"plugins/{name}.js?edge={edge_name}"
             routes[name] = _parse_routes(described.pop("routes", None))
             described.setdefault("type", name)
             described["namespace"] = f"/{edge_name}/{name}"
@@ -6464,19 +6704,36 @@ class EdgeRegistry:
             raise NotFound(f"no edge named {name[:80]!r} is connected: see --list or GET /edges")
         return link
 
+    def find_ui_module(self, name: str, edge: Optional[str]) -> Optional[str]:
+        """Return the UI module of a plugin on one edge, or on the first that has one; or None."""
+        if edge == BRIDGE_NAME:
+            return self.host.ui_module(name) if self.host is not None else None
+        links = self.links.values() if edge is None else [self.find(edge)]
+        return next((link.ui_modules[name] for link in links if name in link.ui_modules), None)
+
     def describe_plugins(self) -> Dict[str, Dict[str, Any]]:
         """Return {edge name: {plugin name: description}}, the bridge's own plugins included."""
         described = {name: link.plugins for name, link in self._present().items()}
         if self.host is not None and self.host.describe():
-            own = self.host.describe()
-            described[BRIDGE_NAME] = {name: {**item, "namespace": f"/{BRIDGE_NAME}/{name}"}
-                                      for name, item in own.items()}
+            described[BRIDGE_NAME] = {name: self._describe_own(name, item)
+                                      for name, item in self.host.describe().items()}
         return described
 
+    def _describe_own(self, name: str, item: Dict[str, Any]) -> Dict[str, Any]:
+        """Return what clients are told of a plugin of the bridge's own."""
+        module = {"ui_module": f"plugins/{name}.js?edge={BRIDGE_NAME}"} \
+            if self.host.ui_module(name) is not None else {}
+        return {**item, "namespace": f"/{BRIDGE_NAME}/{name}", **module}
+
     def topology(self) -> bytes:
-        """Return, as JSON, what POST /edge/list answers and what subscribers are told."""
+        """Return, as JSON, what POST /edge/list answers and what subscribers are told.
+
+        An edge that may be back in a moment has "connected": false.
+        """
         # encoded once for each edge, for there may be a thousand
-        parts = [f'"{name}":{link.described}' for name, link in self._present().items()]
+        parts = [f'"{name}":{link.described}' for name, link in self.links.items()]
+        parts += [f'"{name}":{{"connected":false,{absence.described[1:]}'
+                  for name, absence in self.absent.items() if name not in self.links]
         own = self.describe_plugins().get(BRIDGE_NAME) if self.host is not None else None
         if own:
             parts.append(f'"{BRIDGE_NAME}":' + encode_json({"endpoint": {}, "plugins": own}))
@@ -6668,16 +6925,19 @@ class _Routes:
                  hub: EventHub) -> None:
         self._bridge, self._authenticator = bridge, authenticator
         self._registry, self._hub = registry, hub
+        self._page, self._frame = load_explorer()
         self.router = Router()
         self._add_routes()
 
     def _add_routes(self) -> None:
         for method, pattern, right, handler in (
                 ("GET", "", None, self._get_page), ("GET", "health", None, self._get_health),
-                ("POST", "auth", None, self._sign_in), ("POST", "logout", None, self._sign_out),
+                ("GET", "auth", None, self._get_caller), ("POST", "auth", None, self._sign_in),
+                ("POST", "logout", None, self._sign_out),
                 ("POST", "edge/list", "look", self._list_topology),
                 ("GET", "edges", "look", self._list_edges),
                 ("GET", "events", "look", self._subscribe),
+                ("GET", "plugins/frame", None, self._get_frame),
                 ("GET", "plugins/{name}.js", "look", self._get_ui_module),
                 ("GET", "metrics", "look", self._get_metrics),
                 ("GET", "openapi.json", "look", self._get_openapi),
@@ -6706,14 +6966,24 @@ class _Routes:
         if not exchange.identity.may(right):
             raise Forbidden(f"a token of scope {exchange.identity.scope.value!r} may not do this")
 
-    def _get_page(self, _exchange: Exchange) -> Response:
+    def _get_page(self, exchange: Exchange) -> Response:
         """Answer the page for browsers."""
-        return Response(_PAGE, headers={"Content-Security-Policy": _PAGE_POLICY},
-                        media_type="text/html; charset=utf-8")
+        return self._page.respond(exchange.head.fields)
+
+    def _get_frame(self, exchange: Exchange) -> Response:
+        """Answer the frame in which the page runs a plugin's own UI module."""
+        return self._frame.respond(exchange.head.fields)
 
     def _get_health(self, _exchange: Exchange) -> Any:
         """Answer whether the bridge is up, and its version."""
         return {"status": "healthy", "version": __version__}
+
+    def _get_caller(self, exchange: Exchange) -> Any:
+        """Answer who the caller is and what it may do; nobody is null, with no rights."""
+        nobody = {"name": None, "scope": None, "expires": None, "rights": []}
+        identity = exchange.identity
+        return {**(identity.describe() if identity else nobody), "version": __version__,
+                "needs_token": self._authenticator.needs_token}
 
     def _sign_in(self, exchange: Exchange) -> Response:
         """Sign a browser in: {"token"} becomes a cookie."""
@@ -6723,7 +6993,7 @@ class _Routes:
         if not isinstance(token, str):
             raise Unprocessable('token: send {"token": "..."}')
         identity, cookie = self._authenticator.sign_in(token, exchange.connection.address)
-        return JSONResponse({"name": identity.name, "scope": identity.scope.value},
+        return JSONResponse(identity.describe(),
                             headers={"Set-Cookie": self._cookie_field(cookie, COOKIE_S)})
 
     def _sign_out(self, _exchange: Exchange) -> Response:
@@ -6755,13 +7025,14 @@ class _Routes:
         bridge_log.info("%s: %s follows the events", exchange.request_id, exchange.identity.name)
 
     def _get_ui_module(self, exchange: Exchange) -> Response:
-        """Answer a plugin's UI module."""
-        name = exchange.params["name"]
-        for link in self._registry.links.values():
-            if name in link.ui_modules:
-                return Response(link.ui_modules[name], headers=dict([_FOREIGN_POLICY]),
-                                media_type="text/javascript; charset=utf-8")
-        raise NotFound(f"no connected edge has a UI module for the plugin {name!r}")
+        """Answer a plugin's UI module: that of ?edge=, or the first edge's that has one."""
+        name, edge = exchange.params["name"], parse_query(exchange.head.query).get("edge")
+        module = self._registry.find_ui_module(name, edge)
+        if module is None:
+            raise NotFound(f"{edge or 'no connected edge'!r:.80} has no UI module for the plugin "
+                           f"{name!r:.80}")
+        return Response(module, headers=dict([_FOREIGN_POLICY]),
+                        media_type="text/javascript; charset=utf-8")
 
     def _get_metrics(self, _exchange: Exchange) -> Response:
         """Answer counters and gauges (Prometheus text format)."""
@@ -6866,6 +7137,7 @@ class _OwnCall(Call):
     @staticmethod
     def _protect(response: Response) -> Response:
         response.headers.update([_FOREIGN_POLICY])
+        response.headers.pop("cache-control", None)
         return response
 
     def _begin(self, response: Response) -> None:
@@ -8402,8 +8674,11 @@ def _check_plugins(options: argparse.Namespace) -> bool:
                           changed=lambda: None)
         names = select_plugins(options.plugins.split(",") if options.plugins else None)
         host.load(names)
+        described = host.describe()
         for name in names:
-            print(f"plugin   {name}: {host.disabled.get(name, 'ok')}")
+            problem = described.get(name, {}).get("ui_problem")
+            fine = f"ok, but its page is plain: {problem}" if problem else "ok"
+            print(f"plugin   {name}: {host.disabled.get(name, fine)}")
         host.stop()
     if not names:
         print("plugin   none: put plugins.py beside radical_edge.py, or give --plugin-file")

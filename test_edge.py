@@ -2724,7 +2724,8 @@ def test_an_answer_of_nonsense_on_a_stream_is_502(fake_edge2, raw, head):
 SCOPES = ("none", "read", "client", "edge", "admin")
 MATRIX = [                                       # route, and the statuses in the order of SCOPES
     ("GET", "/", (200, 200, 200, 200, 200)), ("GET", "/health", (200, 200, 200, 200, 200)),
-    ("POST", "/logout", (200, 200, 200, 200, 200)),
+    ("POST", "/logout", (200, 200, 200, 200, 200)), ("GET", "/auth", (200, 200, 200, 200, 200)),
+    ("GET", "/plugins/frame", (200, 200, 200, 200, 200)),
     ("POST", "/edge/list", (401, 200, 200, 403, 200)),
     ("GET", "/edges", (401, 200, 200, 403, 200)), ("GET", "/metrics", (401, 200, 200, 403, 200)),
     ("GET", "/openapi.json", (401, 200, 200, 403, 200)),
@@ -2755,10 +2756,15 @@ def test_a_browser_signs_in_with_a_cookie_that_is_not_the_token(bridge, raw, tok
     token = tokens[1]["client"]
     status, fields, body = client.request("POST", "/auth", json.dumps({"token": token}).encode())
     cookie = fields["set-cookie"]
-    assert status == 200 and json.loads(body) == {"name": "client-1", "scope": "client"}
+    assert status == 200 and json.loads(body) == {
+        "name": "client-1", "scope": "client", "rights": ["look", "use"],
+        "expires": pytest.approx(time.time() + radical_edge.COOKIE_S, abs=60)}
     assert "HttpOnly" in cookie and "SameSite=Strict" in cookie and token not in cookie
     signed = [("Cookie", cookie.split(";")[0])]
     assert client.request("GET", "/edges", headers=signed)[0] == 200
+    known = json.loads(client.request("GET", "/auth", headers=signed)[2])
+    assert known.items() >= json.loads(body).items() and known["needs_token"] is True
+    assert json.loads(client.request("GET", "/auth")[2])["name"] is None
     forged = [("Cookie", cookie.split(";")[0].replace("client-1", "admin-1"))]
     assert client.request("GET", "/edges", headers=forged)[0] == 401
     assert "Max-Age=0" in client.request("POST", "/logout")[1]["set-cookie"]
