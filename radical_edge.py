@@ -38,6 +38,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import bisect
 import codecs
 import collections
 import concurrent.futures
@@ -94,8 +95,8 @@ __all__ = [
     "MethodNotAllowed", "NotFound", "NotInstalled", "Plugin", "PluginClient", "PluginHost",
     "PluginSession", "ProtocolError", "Request", "Response", "StreamingResponse", "TokenStore",
     "TooManyRequests", "Unauthorized", "Unavailable", "Unprocessable", "call", "delete", "events",
-    "get", "list_edges", "list_plugins", "main", "plugin", "post", "put", "repeatable",
-    "write_private",
+    "get", "list_edges", "list_plugins", "main", "note_for_audit", "plugin", "post", "put",
+    "repeatable", "write_private",
 ]
 
 log = logging.getLogger("radical_edge")
@@ -125,6 +126,16 @@ SUBSCRIBER_SLICE = 200         # subscribers served in one turn of the loop
 MAX_NOTIFICATION = 1024 * 1024  # bytes of one notification
 MAX_OPENING = 512              # connections in their handshake or first request, a thread each
 MAX_CONNECTIONS = 16_384       # open client connections
+MAX_PER_ADDRESS = 2048         # of one address; this machine's are exempt, for proxies end here
+MAX_RATE = 20_000              # requests a second with one token
+MAX_SESSIONS = 1000            # sessions of one token in one plugin
+MAX_EDGES = 4096               # edges registered with one bridge, or about to
+MAX_REGISTER = 8 * 1024 * 1024  # bytes of what an edge says of itself, UI modules included
+MAX_DESCRIBED = 512 * 1024     # bytes of it that every client is told
+MAX_EDGE_PLUGINS = 256         # plugins of one edge
+MAX_NOTIFY_RATE = 10_000       # notifications a second from one edge
+NOTIFY_BURST = 50_000          # of which so many may come at once
+MAX_COUNTED_ROUTES = 1000      # routes that /metrics tells apart; edges name theirs as they like
 MAX_PENDING = 8192             # requests waiting for one edge
 MAX_ONCE = 20_000              # answers kept for retries
 MAX_ONCE_BYTES = 24 * 1024 * 1024    # bytes of them
@@ -145,7 +156,8 @@ FILE_PIECE = 256 * 1024        # bytes read from a file at once
 MAX_WHOLE = 64 * 1024          # bytes of a body that goes in one frame with its head
 MAX_FRAME = 16 * 1024 * 1024   # bytes of a message of wire version 2
 
-HANDSHAKE_S = 10.0             # TCP, TLS, upgrade, each; a head, from its first byte to its last
+HANDSHAKE_S = 10.0             # TCP, TLS, upgrade, registration, each
+HEAD_S = 10.0                  # a request's head, from its first byte to its last
 FIRST_HEAD_S = 1.0             # a new connection's thread waits so long; then the loop does
 BODY_IDLE_S = 30.0             # a request body must grow by MIN_PROGRESS within so long
 MIN_PROGRESS = 1024            # bytes; fewer would let a client hold a connection with a drip
@@ -175,24 +187,62 @@ RESERVED_NAMES = frozenset((BRIDGE_NAME, "edge", "edges", "events", "plugins", "
 ROLE_EDGE, ROLE_BRIDGE = "edge", "bridge"
 
 
+# what --limit may change: {name: (constant above, what it is)}. They are set before anything starts
+LIMITS: Dict[str, Tuple[str, str]] = {
+    "connections": ("MAX_CONNECTIONS", "open client connections (503)"),
+    "per-address": ("MAX_PER_ADDRESS", "of one address, this machine's own excepted (429)"),
+    "head": ("MAX_HEAD", "bytes of a request's head (431)"),
+    "body": ("MAX_BODY", "bytes of a body that a route takes whole (413)"),
+    "request-rate": ("MAX_RATE", "requests a second with one token (429)"),
+    "sessions": ("MAX_SESSIONS", "sessions of one token in one plugin (429)"),
+    "notification": ("MAX_NOTIFICATION", "bytes of one notification (413, or dropped)"),
+    "notification-rate": ("MAX_NOTIFY_RATE", "notifications a second from one edge (delayed)"),
+    "registrations": ("MAX_EDGES", "edges registered with one bridge (503)"),
+    "pending": ("MAX_PENDING", "requests that wait for one edge (503)"),
+    "head-time": ("HEAD_S", "seconds for a request's head (408)"),
+    "body-time": ("BODY_IDLE_S", "seconds for each KiB of a body (408)"),
+    "handshake-time": ("HANDSHAKE_S", "seconds for TCP, TLS, upgrade, registration, each"),
+    "login": ("LOGIN_FAILURES", "wrong tokens an address has in a minute (429)"),
+}
+
+
+def set_limit(text: str) -> None:
+    """Change a limit of this process, "NAME=NUMBER". Raises ValueError."""
+    name, _, number = text.partition("=")
+    if name not in LIMITS:
+        raise ValueError(f"--limit {text}: take NAME=NUMBER, with one of {', '.join(LIMITS)}")
+    constant = LIMITS[name][0]
+    kind = type(globals()[constant])
+    if not re.fullmatch(r"[0-9]{1,12}" + (r"(\.[0-9]{1,6})?" if kind is float else ""), number) or \
+            not float(number):
+        raise ValueError(f"--limit {name}: {number!r} is not a "
+                         f"{'number' if kind is float else 'whole number'} above 0")
+    globals()[constant] = kind(number)
+
+
 class EdgeError(RuntimeError):
     """What went wrong, with its HTTP status and a `detail` that says what to do about it.
 
     `request_id` names the request in every log, where it is known. `headers` go out with the reply.
+    `limit`: which of LIMITS was reached, if it was one; the reply names it as X-Limit.
     Raise it anywhere in a plugin: the caller sees the status and the detail.
     """
 
     status: int = HTTPStatus.INTERNAL_SERVER_ERROR
+    limit: str = ""
 
     def __init__(self, detail: str = "", status: Optional[int] = None, *,
-                 request_id: Optional[str] = None,
-                 headers: Optional[Dict[str, str]] = None) -> None:
+                 request_id: Optional[str] = None, headers: Optional[Dict[str, str]] = None,
+                 limit: str = "") -> None:
         super().__init__(detail)
         self.detail = detail
         self.request_id = request_id
         self.headers = dict(headers or {})
         if status is not None:
             self.status = int(status)
+        limit = limit or self.limit
+        if limit:
+            self.limit = self.headers["X-Limit"] = limit
 
     def __str__(self) -> str:
         return f"HTTP {int(self.status)}: {self.detail}"
@@ -249,12 +299,12 @@ class LengthRequired(EdgeError):
 
 class ContentTooLarge(EdgeError):
     """The body is larger than this route or this wire takes."""
-    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    status, limit = HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body"
 
 
 class TargetTooLong(EdgeError):
     """The request line is longer than MAX_TARGET."""
-    status = HTTPStatus.REQUEST_URI_TOO_LONG
+    status, limit = HTTPStatus.REQUEST_URI_TOO_LONG, "head"
 
 
 class Unprocessable(EdgeError):
@@ -269,7 +319,7 @@ class TooManyRequests(EdgeError):
 
 class HeadTooLarge(EdgeError):
     """The head is larger than MAX_HEAD, or has more than MAX_FIELDS fields."""
-    status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+    status, limit = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "head"
 
 
 class NotInstalled(EdgeError):
@@ -565,6 +615,7 @@ _SINGLE_FIELDS = frozenset(("host", "content-length", "transfer-encoding", "cont
 HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-connection", "proxy-authenticate",
                         "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade",
                         "expect", "http2-settings"))
+SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))      # they only read; RFC 9110, section 9.2.1
 _REASONS = {int(status): status.phrase for status in HTTPStatus}
 
 
@@ -1438,6 +1489,18 @@ async def wait_for_async(register: Callable[[Callable[[], None]], None]) -> None
     await future
 
 
+def open_file_room() -> int:
+    """Return how many connections the system's limit of open files leaves room for."""
+    try:
+        import resource                           # not on every platform
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except ImportError:
+        return MAX_CONNECTIONS
+    if limit == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return limit - min(limit // 2, MAX_OPENING + 128)            # those being opened, and our files
+
+
 def trim_memory() -> None:
     """Return free memory to the system, where the C library can do that (GNU's)."""
     gc.collect()
@@ -2270,7 +2333,95 @@ class LoginLimit:
         if count >= LOGIN_FAILURES:
             wait = LOGIN_WINDOW_S - (now - since)
             raise TooManyRequests(f"too many wrong tokens from this address: wait {wait:.0f} s",
-                                  headers=_retry_after(wait))
+                                  headers=_retry_after(wait), limit="login")
+
+
+class RateLimit:
+    """Counts the requests of each token, second by second. On the loop."""
+
+    def __init__(self) -> None:
+        self._second, self._counts = 0, {}        # type: Tuple[int, Dict[str, int]]
+
+    def count(self, name: str, now: float) -> None:
+        """Count a request; raise TooManyRequests when the token had MAX_RATE of them this second.
+        """
+        second = int(now)
+        if second != self._second:
+            self._second, self._counts = second, {}
+        count = self._counts[name] = self._counts.get(name, 0) + 1
+        if count > MAX_RATE:
+            raise TooManyRequests(f"more than {MAX_RATE} requests a second with the token {name!r}",
+                                  headers=_retry_after(1), limit="request-rate")
+
+
+class Allowance:
+    """Lets MAX_NOTIFY_RATE things a second pass, and NOTIFY_BURST at once. On the loop."""
+
+    def __init__(self, now: float) -> None:
+        self._left, self._at = float(NOTIFY_BURST), now
+
+    def take(self, now: float) -> bool:
+        """Return whether another one may pass now."""
+        self._left = min(NOTIFY_BURST, self._left + (now - self._at) * MAX_NOTIFY_RATE)
+        self._at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
+class ConnectionLimit:
+    """Counts the open connections, and those of each address, or network of IPv6 (/64). Any thread.
+
+    This machine's own count only among all: a reverse proxy or a tunnel speaks there for many.
+    file_room: how many the system's limit of open files leaves room for.
+    """
+
+    EXEMPT = ("127.", "::1", "::ffff:127.")
+
+    def __init__(self, file_room: int) -> None:
+        self._file_room = file_room
+        self._lock = threading.Lock()
+        self._counts: Dict[str, int] = {}         # by address; guarded by _lock
+        self.total = 0                            # guarded by _lock; read without it as an estimate
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there are as many connections as this bridge takes."""
+        return self.total >= min(MAX_CONNECTIONS, self._file_room)
+
+    def enter(self, address: str) -> None:
+        """Count a connection. Raises, and does not count it, Unavailable when there are too many
+        and TooManyRequests when its address has too many.
+        """
+        key = self._key(address)
+        with self._lock:
+            if self.is_full:
+                raise Unavailable("this bridge has all the connections it takes",
+                                  headers=_retry_after(1), limit="connections")
+            if key and self._counts.get(key, 0) >= MAX_PER_ADDRESS:
+                raise TooManyRequests("your address has all the connections it may have",
+                                      headers=_retry_after(1), limit="per-address")
+            self.total += 1
+            if key:
+                self._counts[key] = self._counts.get(key, 0) + 1
+
+    def leave(self, address: str) -> None:
+        """Take notice that a connection that was counted has ended."""
+        key = self._key(address)
+        with self._lock:
+            self.total -= 1
+            if self._counts.get(key, 0) > 1:
+                self._counts[key] -= 1
+            else:
+                self._counts.pop(key, None)
+
+    def _key(self, address: str) -> str:
+        if address.startswith(self.EXEMPT):
+            return ""
+        if ":" not in address or address.startswith("::ffff:"):
+            return address
+        return ipaddress.IPv6Address(address.partition("%")[0]).exploded[:19]
 
 
 COOKIE_NAME = "radical_edge"
@@ -2548,6 +2699,16 @@ class Journal:
         """The number of the newest record."""
         return self._next - 1
 
+    @property
+    def unwritten(self) -> int:
+        """How many records are not on disk yet."""
+        return max(0, self._next - 1 - self._written)
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether the disk could not be written when it was last tried."""
+        return self._failing
+
     def append(self, head: List[Any], body: bytes) -> Record:
         """Add a record; it is on disk soon."""
         with self._lock:
@@ -2637,7 +2798,8 @@ class Journal:
 
     @staticmethod
     def _encode(record: Record) -> bytes:
-        return b"%b\t%b\n" % (encode_json([record.number, *record.head]).encode(), record.body)
+        head = encode_json([record.number, *record.head]).encode(errors="replace")
+        return b"%b\t%b\n" % (head, record.body)
 
     def _run(self) -> None:
         failed: List[Record] = []
@@ -2716,6 +2878,107 @@ class Journal:
         for waiter in ready:
             waiter()
         self._on_written(self._written)
+
+
+class AuditLog:
+    """Writes a JSON line for each request that changes something, in files that only we can read.
+
+    Any thread may write(); a thread of the log's own does the work, for a disk may be slow. What
+    does not get on disk in time is dropped, counted and logged, for nothing may wait for it. Each
+    file has MAX_BYTES; the last KEPT of them stay, as audit.jsonl.1 and so on.
+    """
+
+    MAX_BYTES = 16 * 1024 * 1024
+    KEPT = 5
+    MAX_WAITING = 10_000       # entries
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Condition()
+        self._waiting: List[Dict[str, Any]] = []  # guarded by _lock
+        self._closing = False                     # guarded by _lock
+        self.dropped = 0                          # guarded by _lock
+        self._failing = False                     # of the log's thread
+        self._thread: Optional[threading.Thread] = None
+
+    @property
+    def unwritten(self) -> int:
+        """How many entries wait to be written."""
+        return len(self._waiting)
+
+    def open(self) -> None:
+        """Begin to write."""
+        self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Write what is left and end the thread; a disk that hangs is left alone."""
+        with self._lock:
+            self._closing = True
+            self._lock.notify()
+        if self._thread is not None:
+            self._thread.join(STOP_S)
+
+    def write(self, entry: Dict[str, Any]) -> None:
+        """Add an entry, of JSON values and with no secret in it; the time is put before it."""
+        entry = {"time": time.time(), **entry}
+        with self._lock:
+            if len(self._waiting) >= self.MAX_WAITING:
+                self.dropped += 1
+                return
+            self._waiting.append(entry)
+            self._lock.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                while not self._waiting and not self._closing:
+                    self._lock.wait()
+                entries, self._waiting = self._waiting, []
+            if not entries:
+                return
+            try:
+                self._append("".join(map(self._encode, entries)).encode(errors="replace"))
+                self._failing = False
+            except OSError as error:
+                self._on_failure(len(entries), error)
+
+    def _append(self, data: bytes) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(self._path, flags, 0o600)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view):]
+            size = os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
+        if size >= self.MAX_BYTES:
+            self._rotate()
+
+    def _rotate(self) -> None:
+        for number in range(self.KEPT, 0, -1):
+            older = self._path.with_name(f"{self._path.name}.{number}")
+            newer = self._path.with_name(f"{self._path.name}.{number - 1}" if number > 1
+                                         else self._path.name)
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(newer, older)
+
+    def _on_failure(self, count: int, error: OSError) -> None:
+        with self._lock:
+            self.dropped += count
+        if not self._failing:
+            state_log.error("%s: cannot be written; what happens is not recorded: %s", self._path,
+                            error)
+        self._failing = True
+
+    @staticmethod
+    def _encode(entry: Dict[str, Any]) -> str:
+        at = entry["time"]
+        entry["time"] = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at)) + \
+            f".{int(at % 1 * 1000):03}Z"
+        return json.dumps(entry, default=str) + "\n"
 
 
 class StateLock:
@@ -2958,39 +3221,73 @@ class EventLog:
 
 
 class Counters:
-    """Counts and gauges for /metrics, in the Prometheus text format."""
+    """Counts, gauges and a histogram for /metrics, in the Prometheus text format."""
 
     _HELP = {
-        "requests_total": "requests answered, by status",
-        "request_seconds_sum": "seconds from the last byte of a request to its answer",
         "notifications_total": "notifications received from edges",
-        "events_dropped_total": "events that did not reach a subscriber or a bridge",
+        "notifications_delayed_total": "acknowledgements put off: the edge sends too many",
+        "events_dropped_total": "notifications of older edges that were too many or too large",
         "subscribers_cut_total": "subscribers cut off because they did not read",
         "links_total": "edges that registered",
         "links_lost_total": "links that ended",
+        "links_refused_total": "registrations that were refused",
         "late_responses_total": "responses that came after their request was given up",
         "refused_connections_total": "connections refused because there were too many",
+        "limited_total": "requests and connections refused, by the limit (see --limit)",
+        "reloads_total": "tokens and certificates read again",
     }
+    BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0, 600.0)
 
     def __init__(self) -> None:
         self._counts: "collections.Counter[Tuple[str, str]]" = collections.Counter()
+        self._requests: Dict[Tuple[str, int], int] = {}          # by route and status; the loop's
+        self._buckets = [0] * (len(self.BUCKETS) + 1)            # likewise
+        self._seconds = 0.0                       # likewise
 
     def add(self, name: str, value: float = 1, label: str = "") -> None:
-        """Add to a counter; label is like 'status="200"'."""
+        """Add to a counter; label is like 'limit="body"'."""
         self._counts[name, label] += value       # type: ignore[assignment]
+
+    def count_request(self, route: str, status: int, seconds: float) -> None:
+        """Count an answer. Routes beyond MAX_COUNTED_ROUTES are "other"."""
+        key = (route, status)
+        count = self._requests.get(key)
+        if count is None:
+            count = 0
+            if len(self._requests) >= MAX_COUNTED_ROUTES:
+                key = ("other", status)
+                count = self._requests.get(key, 0)
+        self._requests[key] = count + 1
+        self._buckets[bisect.bisect_left(self.BUCKETS, seconds)] += 1
+        self._seconds += seconds
 
     def encode(self, gauges: Dict[str, float]) -> str:
         """Return all counters, and `gauges` as they are now (Prometheus text format 0.0.4)."""
-        lines = []
+        lines = self._encode_requests()
         for name, text in self._HELP.items():
             lines += [f"# HELP radical_edge_{name} {text}", f"# TYPE radical_edge_{name} counter"]
             found = [(label, value) for (key, label), value in self._counts.items() if key == name]
             for label, value in sorted(found) or [("", 0)]:
-                lines.append(f"radical_edge_{name}{{{label}}} {value:.6g}" if label else
-                             f"radical_edge_{name} {value:.6g}")
+                lines.append(f"radical_edge_{name}{{{label}}} {value:.15g}" if label else
+                             f"radical_edge_{name} {value:.15g}")
         for name, value in gauges.items():
-            lines += [f"# TYPE radical_edge_{name} gauge", f"radical_edge_{name} {value:.6g}"]
+            kind = "counter" if name.endswith("_total") else "gauge"
+            lines += [f"# TYPE radical_edge_{name} {kind}", f"radical_edge_{name} {value:.15g}"]
         return "\n".join(lines) + "\n"
+
+    def _encode_requests(self) -> List[str]:
+        lines = ["# HELP radical_edge_requests_total requests answered, by route and status",
+                 "# TYPE radical_edge_requests_total counter"]
+        for (route, status), count in sorted(self._requests.items()):
+            route = route.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+            lines.append(f'radical_edge_requests_total{{route="/{route}",status="{status}"}} {count}')
+        name, total = "radical_edge_request_seconds", 0
+        lines += [f"# HELP {name} from a request's last byte of the head to its answer",
+                  f"# TYPE {name} histogram"]
+        for bound, count in zip((*self.BUCKETS, "+Inf"), self._buckets):
+            total += count
+            lines.append(f'{name}_bucket{{le="{bound}"}} {total}')
+        return [*lines, f"{name}_sum {self._seconds:.6f}", f"{name}_count {total}"]
 
 
 # ---------------------------------------------------------------------------
@@ -3083,7 +3380,7 @@ class Request:
     """
 
     __slots__ = ("method", "path", "query", "headers", "path_params", "user", "scope", "request_id",
-                 "app", "_body", "_reader", "_query_params")
+                 "app", "notes", "_body", "_reader", "_query_params")
 
     def __init__(self, method: str, target: str, headers: Dict[str, str], body: bytes = b"", *,
                  user: Optional[str] = None, scope: str = "", app: Any = None,
@@ -3094,6 +3391,7 @@ class Request:
         self.path_params: Dict[str, str] = {}
         self.user, self.scope, self.app = user, scope, app
         self.request_id = self.headers.get("x-request-id", "-")
+        self.notes: Optional[Dict[str, Any]] = None              # for the audit log
         self._body, self._reader = body, reader
         self._query_params: Optional[Dict[str, str]] = None
 
@@ -3440,6 +3738,16 @@ class Router:
 
 _current_request: "contextvars.ContextVar[Optional[Request]]" = contextvars.ContextVar(
     "radical_edge_request", default=None)
+
+
+def note_for_audit(**fields: Any) -> None:
+    """Add to what the audit log says of the request at work, such as job="..." or path="...".
+
+    For handlers and what they await or call in the same thread. The values are JSON, and no secret.
+    """
+    request = _current_request.get()
+    if request is not None and request.notes is not None:
+        request.notes.update(fields)
 
 
 def _route_decorator(method: str) -> Callable[[str], Callable[[Any], Any]]:
@@ -3793,6 +4101,7 @@ class Plugin:
     async def register_session(self, request: Request) -> Any:
         """Make a session with the body's fields as its arguments; answer {"sid"}."""
         arguments = await request.json_object()
+        self._check_session_count(request.user)
         sid = f"session.{secrets.token_hex(8)}"
         await self._open_session(sid, request.user, arguments)
         await self._store_now()
@@ -3891,6 +4200,12 @@ class Plugin:
             inspect.signature(factory).bind(sid, **arguments)
         except TypeError as error:
             raise Unprocessable(f"register_session: {error}") from None
+
+    def _check_session_count(self, owner: Optional[str]) -> None:
+        if sum(record.owner == owner for record in self._sessions.values()) >= MAX_SESSIONS:
+            raise TooManyRequests(f"this token has {MAX_SESSIONS} sessions in "
+                                  f"{self._instance_name!r}: unregister some",
+                                  headers=_retry_after(60), limit="sessions")
 
     async def _open_session(self, sid: str, owner: Optional[str], arguments: Dict[str, Any], *,
                             kept: Optional[Dict[str, Any]] = None) -> None:
@@ -4124,6 +4439,7 @@ class Call:
     """
 
     max_whole = MAX_BODY                          # bytes of a body that respond() takes
+    notes: Optional[Dict[str, Any]] = None        # for the audit log, where there is one
 
     def __init__(self, incoming: EdgeRequest, reader: Optional[BodyReader] = None) -> None:
         self.incoming, self.reader = incoming, reader
@@ -4177,24 +4493,19 @@ class Call:
             callback()
 
 
-class _OnceCall(Call):
-    """A request with an Idempotency-Key: its answer is recorded before it is sent.
+class _OuterCall(Call):
+    """A call around another one, to which it leaves everything."""
 
-    Nobody can cancel it, for the client may ask for the answer later.
-    """
-
-    def __init__(self, call_: Call, record: Callable[[Response, Callable[[], None]], None]) -> None:
+    def __init__(self, call_: Call) -> None:
         super().__init__(call_.incoming, call_.reader)
-        self._call, self._record = call_, record
-        self.max_whole = call_.max_whole
+        self._call, self.max_whole, self.notes = call_, call_.max_whole, call_.notes
 
     def respond(self, response: Response) -> None:
-        """Record the answer, then send it."""
-        self._record(response, lambda: self._call.respond(response))
+        """Answer, whole."""
+        self._call.respond(response)
 
     def begin(self, response: Response) -> None:
-        """Begin an answer in pieces, which cannot be recorded: a retry is told so."""
-        self._record(OnceStore.too_long(), lambda: None)
+        """Send the status and the fields; the body follows."""
         self._call.begin(response)
 
     def try_write(self, piece: memoryview) -> int:
@@ -4212,6 +4523,77 @@ class _OnceCall(Call):
     def abort(self, error: EdgeError) -> None:
         """Give up in the middle of the body."""
         self._call.abort(error)
+
+
+class _OnceCall(_OuterCall):
+    """A request with an Idempotency-Key: its answer is recorded before it is sent.
+
+    Nobody can cancel it, for the client may ask for the answer later.
+    """
+
+    def __init__(self, call_: Call, record: Callable[[Response, Callable[[], None]], None]) -> None:
+        super().__init__(call_)
+        self._record = record
+
+    def respond(self, response: Response) -> None:
+        """Record the answer, then send it."""
+        self._record(response, lambda: self._call.respond(response))
+
+    def begin(self, response: Response) -> None:
+        """Begin an answer in pieces, which cannot be recorded: a retry is told so."""
+        self._record(OnceStore.too_long(), lambda: None)
+        self._call.begin(response)
+
+
+class _AuditedCall(_OuterCall):
+    """A request that changes something: its end is written to the audit log."""
+
+    def __init__(self, call_: Call, edge: str, log_: AuditLog) -> None:
+        super().__init__(call_)
+        self._edge, self._log, self._status = edge, log_, 0
+        self.notes: Dict[str, Any] = {}           # what the handler adds: a job, a path
+
+    def respond(self, response: Response) -> None:
+        """Write down the outcome, and answer."""
+        replayed = "x-idempotent-replay" in response.headers
+        self._write(response.status_code, "replayed" if replayed else "")
+        self._call.respond(response)
+
+    def begin(self, response: Response) -> None:
+        """Begin an answer in pieces."""
+        self._status = response.status_code
+        self._call.begin(response)
+
+    def finish(self) -> None:
+        """Write down the outcome, and end the body."""
+        self._write(self._status)
+        self._call.finish()
+
+    def abort(self, error: EdgeError) -> None:
+        """Write down that the answer was cut short."""
+        self._write(int(error.status), "cut short")
+        self._call.abort(error)
+
+    def on_cancel(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when nobody waits for the answer any more."""
+        self._call.on_cancel(callback)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+        return self._call.cancelled
+
+    @cancelled.setter
+    def cancelled(self, value: bool) -> None:
+        """Leave that to the inner call; for the base class's __init__()."""
+
+    def _write(self, status: int, outcome: str = "") -> None:
+        fields = self.incoming.headers
+        self._log.write({"request": fields.get("x-request-id"), "edge": self._edge,
+                         "token": fields.get("x-forwarded-user"),
+                         "method": self.incoming.method, **self.notes, "status": status,
+                         "outcome": outcome or ("done" if status < 400 else "refused"
+                                                if status < 500 else "failed")})
 
 
 class _OnceEntry:
@@ -4395,8 +4777,9 @@ class PluginHost:
 
     def __init__(self, name: str, role: str, state_dir: Path, *, bridge_url: str = "",
                  notify: Callable[[str, str, Any], Optional[WhenSafe]],
-                 changed: Callable[[], None], once: Optional[OnceStore] = None) -> None:
-        self.name, self._once = name, once
+                 changed: Callable[[], None], once: Optional[OnceStore] = None,
+                 audit: Optional[AuditLog] = None) -> None:
+        self.name, self._once, self._audit = name, once, audit
         self._notify, self._changed = notify, changed
         self._state_dir = state_dir
         state = types.SimpleNamespace(edge_name=name, role=role, state_dir=state_dir,
@@ -4497,6 +4880,8 @@ class PluginHost:
 
     def dispatch(self, call_: Call) -> None:
         """Answer a request, soon and on any thread. Never raises."""
+        if self._audit is not None and call_.incoming.method not in SAFE_METHODS:
+            call_ = _AuditedCall(call_, self.name, self._audit)
         try:
             hosted, route, request = self._resolve(call_)
             if self._once is not None and request.idempotency_key and request.method == "POST":
@@ -4546,6 +4931,9 @@ class PluginHost:
                           scope=incoming.headers.get("x-forwarded-scope", ""), app=self.app,
                           reader=call_.reader)
         request.path_params = params
+        if call_.notes is not None:
+            request.notes = call_.notes
+            request.notes.update(params, route=f"{segments[0]}/{route.pattern}")
         return hosted, route, request
 
     def _explain_missing(self, name: str) -> str:
@@ -5274,9 +5662,10 @@ class Edge:
                                max_bytes=MAX_UNSENT_BYTES, on_written=self._on_written)
         self._lock = StateLock(self._state_dir, self.request_stop)
         self._once = OnceStore(self._state_dir / "once")
+        self.audit = AuditLog(self._state_dir / "audit.jsonl")
         self.host = PluginHost(self.name, ROLE_EDGE, self._state_dir, bridge_url=str(first.url),
                                notify=self._notify, changed=self._on_plugins_changed,
-                               once=self._once)
+                               once=self._once, audit=self.audit)
 
     @property
     def stopping(self) -> bool:
@@ -5296,6 +5685,7 @@ class Edge:
         self._instance = self._read_instance()
         self.journal.open()
         self._once.open()
+        self.audit.open()
         self.host.load(select_plugins(self._wanted))
         self._transport.start()
         self._transport.submit(self._start_links()).result()
@@ -5310,6 +5700,7 @@ class Edge:
         self.workers.stop()
         self.journal.close()
         self._once.close()
+        self.audit.close()
         self._lock.release()
         return self._transport.stop() and clean
 
@@ -5418,6 +5809,7 @@ _EDGE_FIELDS = frozenset(("content-type", "content-disposition", "content-encodi
 _OUR_FIELDS = frozenset(("x-request-id", "x-content-type-options", "x-frame-options"))
 # fields of a client's request that an edge does not get: credentials, and what only we may say
 _KEPT_BACK = HOP_BY_HOP | {"authorization", "cookie", "host", "content-length", "origin", "referer"}
+_LIMIT_STATUSES = frozenset((408, 413, 414, 429, 431, 503))
 # what an edge answers is not ours: no script in it may run with this origin's cookie
 _FOREIGN_POLICY = ("Content-Security-Policy", "sandbox; default-src 'none'")
 
@@ -5695,7 +6087,7 @@ class HttpConnection:
         self._answering = self._advancing = self._paused = False
         self._taken: Optional[Callable[[bytes], None]] = None    # by a link or a subscriber
         self._taker_lost: Callable[[str], None] = lambda reason: None            # likewise
-        self.deadline = self._loop.time() + HANDSHAKE_S
+        self.deadline = self._loop.time() + HEAD_S
         self._sent = self._progress = 0           # bytes of answers and of a body, at that time
 
     def adopt(self, sock: socket.socket) -> None:
@@ -5737,6 +6129,8 @@ class HttpConnection:
             length = given
         encoded = self._encode_head(exchange, response, length)
         self.channel.send(encoded if exchange.head.method == "HEAD" else encoded + body)
+        if response.status_code in _LIMIT_STATUSES:
+            self._gateway.records.count_limit(response.headers.get("x-limit"))
         self._end(exchange, response.status_code)
 
     def begin(self, exchange: Exchange, response: Response) -> None:
@@ -5818,7 +6212,8 @@ class HttpConnection:
         elif begun or exchange is None and (unsent or not self._parser.buffered):
             self.channel.close("idle")
         else:
-            self._fail(RequestTimeout("the request was not complete in time: send it again"))
+            self._fail(RequestTimeout("the request was not complete in time: send it again",
+                                      limit="head-time" if exchange is None else "body-time"))
 
     # -- the request
 
@@ -5832,7 +6227,7 @@ class HttpConnection:
                 self.channel.pause_reading()      # it goes on with the answer
             return
         if self._exchange is None:
-            self.deadline = min(self.deadline, self._loop.time() + HANDSHAKE_S)
+            self.deadline = min(self.deadline, self._loop.time() + HEAD_S)
         self._advance()
 
     def _advance(self) -> None:
@@ -5922,7 +6317,7 @@ class HttpConnection:
         if self._exchange is not None:
             self._exchange.cancelled = True
             self._gateway.on_client_gone(self._exchange)
-        self._gateway.connections.discard(self)
+        self._gateway.on_connection_lost(self)
         self._taker_lost(reason)
 
 
@@ -6027,6 +6422,11 @@ class EventHub:
         told = encode_event(encode_json({"topic": "gap", "data": gap}), gap["to"]) if gap else b""
         subscriber.send(first + told)
         self._serve(subscriber)
+
+    def lag(self) -> int:
+        """Return how many events the slowest subscriber is behind."""
+        last = self.log.last_id
+        return max((last - subscriber.position for subscriber in self.subscribers), default=0)
 
     def close(self) -> None:
         """End all subscriptions."""
@@ -6342,23 +6742,35 @@ class EdgeLink:
         self.plugins: Dict[str, Dict[str, Any]] = {}
         self.ui_modules: Dict[str, str] = {}
         self.routes: Dict[str, List[Tuple[str, str]]] = {}
-        self._parser = FrameParser(masked=True)
+        # what /metrics calls a route, by plugin, first segment, and number of segments with edge's
+        self.labels: Dict[Tuple[str, str, int], str] = {}
+        self._parser = FrameParser(masked=True, max_message=MAX_REGISTER)
         # replaced when both sides turn out to know version 2
         self.requests: LinkRequests = WholeRequests(self)
         self._to_ack: Deque[Tuple[int, int]] = collections.deque()   # (event id, number there)
         self.opened = self._last_received = connection._loop.time()
+        self._allowance = Allowance(self.opened)  # of notifications
         self._handlers = {"register": self._on_register,
                           "response": lambda message: self.requests.on_response(message),
                           "notification": self._on_notification, "topology": self._on_topology}
 
     def describe(self) -> None:
-        """Encode what clients are told of this edge."""
-        self.described = encode_json({"endpoint": self.endpoint, "plugins": self.plugins})
+        """Encode what clients are told of this edge. Raises ProtocolError when that cannot be."""
+        try:
+            described = encode_json({"endpoint": self.endpoint, "plugins": self.plugins})
+            size = len(described.encode())
+        except (ValueError, RecursionError):      # NaN, half a surrogate pair
+            raise ProtocolError("plugins described by what is no JSON or no text",
+                                CloseCode.INVALID_DATA) from None
+        if size > MAX_DESCRIBED:
+            raise ProtocolError(f"{size} bytes of description; {MAX_DESCRIBED} are allowed",
+                                CloseCode.TOO_BIG)
+        self.described = described
 
-    def is_same(self, other: "EdgeLink") -> bool:
+    def is_same(self, instance: str, identity: Identity) -> bool:
         """Whether another link comes from the same edge: the same state and the same token."""
-        return bool(self.instance) and self.instance == other.instance \
-            and self.identity.name == other.identity.name
+        return bool(self.instance) and self.instance == instance \
+            and self.identity.name == identity.name
 
     @property
     def pending(self) -> int:
@@ -6390,7 +6802,7 @@ class EdgeLink:
         """Send a request to the edge; its answer, or the lack of one, ends the exchange."""
         if len(self.requests.pending) >= MAX_PENDING or self.channel.unsent > MAX_LINK_BUFFER:
             raise Unavailable(f"edge {self.name!r} has too much to do: try again later",
-                              headers=_retry_after(1))
+                              headers=_retry_after(1), limit="pending")
         bridge_log.debug("%s: > %s %s", exchange.request_id, exchange.head.method, target[:80])
         exchange.link = self
         self.requests.forward(exchange, target, headers)
@@ -6435,7 +6847,8 @@ class EdgeLink:
 
     def _on_message(self, opcode: Opcode, payload: Union[str, bytes]) -> None:
         if opcode is Opcode.PING:
-            self.channel.send(encode_frame(Opcode.PONG, payload))
+            if self.channel.has_room:             # who does not read gets no more of them
+                self.channel.send(encode_frame(Opcode.PONG, payload))
         elif opcode is Opcode.CLOSE:
             code, reason = parse_close(payload)
             self.is_leaving = True
@@ -6455,19 +6868,21 @@ class EdgeLink:
                 handler(message)
 
     def _on_register(self, message: Dict[str, Any]) -> None:
-        endpoint = message.get("endpoint")
-        self.endpoint = endpoint if isinstance(endpoint, dict) else {}
-        instance = message.get("instance")
-        self.instance = instance if isinstance(instance, str) else ""
-        error = self.registry.check(self, message.get("edge_name"))
+        error = self.registry.check(self, message.get("edge_name"), _instance_of(message))
         if error:
+            self.registry.counters.add("links_refused_total")
             bridge_log.warning("edge %.80r of token %s is refused: %s", message.get("edge_name"),
                                self.identity.name, error)
             self.send({"type": "error", "message": error})
             self.close(CloseCode.POLICY, error)
             return
+        endpoint = message.get("endpoint")
+        self.endpoint = endpoint if isinstance(endpoint, dict) else {}
         self._take_plugins(message.get("plugins"), message["edge_name"])
+        self.describe()
+        self.instance = _instance_of(message)
         self.registry.add(self, message["edge_name"])
+        self._parser.max_message = MAX_MESSAGE
         offered = message.get("wire")
         if isinstance(offered, list):             # an older edge does not know this message
             version = 2 if 2 in offered else 1
@@ -6486,9 +6901,17 @@ class EdgeLink:
 
     def _on_notification(self, message: Dict[str, Any]) -> None:
         plugin_name, topic = message.get("plugin"), message.get("topic")
-        if isinstance(plugin_name, str) and isinstance(topic, str):
+        if not (_is_label(plugin_name) and _is_label(topic)):
+            return
+        try:
+            small = len(encode_json(message.get("data"))) <= MAX_NOTIFICATION
+        except (ValueError, RecursionError):      # NaN, which Python reads and nobody else
+            raise ProtocolError("notification that is not JSON", CloseCode.INVALID_DATA) from None
+        if small and self._allowance.take(self._last_received):
             # the name is the link's own: an edge does not speak for another
             self.registry.hub.publish(self.name, plugin_name, topic, message.get("data"))
+        else:                                     # this version has no way to tell the edge
+            self.registry.on_dropped(self.name, "rate" if small else "size")
 
     def _on_numbered(self, frame: WireFrame) -> None:
         """Take a NOTIFICATION; one that was sent before is acknowledged again, and not told."""
@@ -6497,9 +6920,12 @@ class EdgeLink:
             data = _parse_json(bytes(frame.body).decode())
         except (ValueError, RecursionError):
             raise ProtocolError("notification that is not JSON", CloseCode.INVALID_DATA) from None
-        if not (type(number) is int and 0 < number < 1 << 63 and isinstance(plugin_name, str)
-                and isinstance(topic, str) and len(frame.body) <= MAX_NOTIFICATION):
+        if not (type(number) is int and 0 < number < 1 << 63 and _is_label(plugin_name)
+                and _is_label(topic) and len(frame.body) <= MAX_NOTIFICATION):
             raise ProtocolError("notification without number, plugin or topic, or too large")
+        if len(self._to_ack) > 4 * NOTIFY_WINDOW:
+            raise ProtocolError("notifications that do not wait for others to be acknowledged",
+                                CloseCode.POLICY)
         hub = self.registry.hub
         if number > hub.log.seen(self.name, self.instance):
             try:
@@ -6517,8 +6943,11 @@ class EdgeLink:
 
         Returns whether others still wait.
         """
-        number = 0
+        number, now = 0, self._connection.now()
         while self._to_ack and self._to_ack[0][0] <= written:
+            if not self._allowance.take(now):     # the edge sends no more than fit its window
+                self.registry.counters.add("notifications_delayed_total")
+                break
             number = self._to_ack.popleft()[1]
         if number and not self.channel.closed:
             payload = encode_wire_number(Kind.ACK, 0, number)
@@ -6529,25 +6958,51 @@ class EdgeLink:
         """Take the plugins' descriptions, apart from what clients do not get to see."""
         taken, modules, routes = {}, {}, {}
         for name, described in (plugins if isinstance(plugins, dict) else {}).items():
-            if not is_valid_name(name) or not isinstance(described, dict):
+            if not is_valid_name(name) or not isinstance(described, dict) or \
+                    len(taken) >= MAX_EDGE_PLUGINS:
                 bridge_log.warning("%s: plugin %.80r is not described well", edge_name, name)
                 continue
             described = dict(described)
             module = described.pop("ui_module", None)
             if isinstance(module, str) and len(module) <= MAX_UI_MODULE:
-                modules[name] = module
+                modules[name] = module.encode(errors="replace").decode()
                 described["ui_module"] = f"plugins/{name}.js?edge={edge_name}"
             routes[name] = _parse_routes(described.pop("routes", None))
             described.setdefault("type", name)
             described["namespace"] = f"/{edge_name}/{name}"
             taken[name] = described
         self.plugins, self.ui_modules, self.routes = taken, modules, routes
+        self.labels = {(name, *_route_key(pattern)): f"{{edge}}/{name}/{pattern}"
+                       for name, pairs in routes.items() for _, pattern in pairs}
+
+
+def _instance_of(message: Dict[str, Any]) -> str:
+    instance = message.get("instance")
+    return instance if isinstance(instance, str) and is_valid_name(instance) else ""
+
+
+def _is_label(value: Any) -> bool:
+    """Whether a name that an edge gave, of a plugin or a topic, is short and printable."""
+    return isinstance(value, str) and len(value) <= 256 and value.isprintable()
+
+
+_ROUTE_PATTERN = re.compile(r"[A-Za-z0-9._~{}/:@!$&'()*+,;=-]{1,256}")
 
 
 def _parse_routes(value: Any) -> List[Tuple[str, str]]:
+    """Return the pairs of method and pattern that can stand in /openapi.json."""
     pairs = value if isinstance(value, list) else []
-    return [(str(pair[0]), str(pair[1])) for pair in pairs[:MAX_FIELDS]
-            if isinstance(pair, list) and len(pair) == 2]
+    return [(pair[0], pair[1]) for pair in pairs[:MAX_FIELDS]
+            if isinstance(pair, list) and len(pair) == 2 and pair[0] in _METHODS
+            and isinstance(pair[1], str) and _ROUTE_PATTERN.fullmatch(pair[1])]
+
+
+_METHODS = frozenset(("GET", "POST", "PUT", "DELETE", "PATCH"))
+
+
+def _route_key(pattern: str) -> Tuple[str, int]:
+    """Return the first segment of a route and the number of all, those of edge and plugin too."""
+    return pattern.partition("/")[0], pattern.count("/") + 3
 
 
 class Absence:
@@ -6591,6 +7046,21 @@ class EdgeRegistry:
         self._unacknowledged: Dict[EdgeLink, None] = {}          # links that wait for the journal
         self._written = 0                         # events up to this id are safe
         self._told = False                        # that a change will be told soon
+        self._dropped = 0                         # notifications
+
+    def check_room(self) -> None:
+        """Raise Unavailable when there are MAX_EDGES already."""
+        if len(self.links) + len(self.unregistered) >= MAX_EDGES:
+            raise Unavailable(f"this bridge has {MAX_EDGES} edges already",
+                              headers=_retry_after(BACKOFF_S[1]), limit="registrations")
+
+    def on_dropped(self, name: str, reason: str) -> None:
+        """Count a notification that was too large, or one too many."""
+        self.counters.add("events_dropped_total", 1, f'reason="{reason}"')
+        self._dropped += 1
+        if self._dropped & (self._dropped - 1) == 0:             # 1, 2, 4, ...: not a line for each
+            bridge_log.warning("%s: notification dropped (%s); %d in all", name, reason,
+                               self._dropped)
 
     def open(self, connection: HttpConnection, identity: Identity) -> EdgeLink:
         """Return the link of a connection that was upgraded."""
@@ -6604,7 +7074,7 @@ class EdgeRegistry:
             if not is_valid(link.identity):
                 link.close(CloseCode.POLICY, "the token was revoked or has expired")
 
-    def check(self, link: EdgeLink, name: Any) -> Optional[str]:
+    def check(self, link: EdgeLink, name: Any, instance: str) -> Optional[str]:
         """Return why the link may not register under `name`, or None."""
         if link.name:
             return "this link has registered already"
@@ -6613,7 +7083,7 @@ class EdgeRegistry:
         if not fnmatch.fnmatchcase(name, link.identity.edges):
             return f"the token may register {link.identity.edges!r} only, not {name!r}"
         known = self.links.get(name)
-        if known is not None and not known.is_same(link):
+        if known is not None and not known.is_same(instance, link.identity):
             return f"Edge '{name}' already used"
         return None
 
@@ -6623,7 +7093,6 @@ class EdgeRegistry:
         link.name = name
         self.links[name] = link
         self.unregistered.discard(link)
-        link.describe()
         self.counters.add("links_total")
         bridge_log.info("edge %s is here, with %s", name, ", ".join(link.plugins) or "no plugins")
         if old is not None:
@@ -6654,6 +7123,8 @@ class EdgeRegistry:
 
     def sweep(self, now: float) -> None:
         """Give up waiting for edges that stay away, and fail what is past its deadline."""
+        if self._unacknowledged:                  # those that were put off
+            self._acknowledge()
         for name, absence in list(self.absent.items()):
             if absence.until < now:
                 del self.absent[name]
@@ -6836,12 +7307,14 @@ class _Opener(http.server.BaseHTTPRequestHandler):
             sock = self._handshake()
         except OSError as error:
             bridge_log.debug("%s: handshake failed: %s", self.client_address[0], error)
+            gateway.on_handshake_failed(self.client_address[0], isinstance(error, socket.timeout))
             return
         connection = HttpConnection(gateway, RequestParser(), self.client_address[0])
         try:
             self._read_first_head(sock, connection._parser)
         except OSError as error:
             bridge_log.debug("%s: gone before its first request: %s", connection.address, error)
+            gateway.open.leave(connection.address)
             sock.close()
             return
         gateway.adopt(connection, sock)
@@ -6853,6 +7326,7 @@ class _Opener(http.server.BaseHTTPRequestHandler):
         if self.server.tls is None:
             # detached, for the server shuts its socket down when this thread is done
             return socket.socket(fileno=self.request.detach())
+        # its time limit is for the whole handshake, however the bytes drip
         return self.server.tls.wrap_socket(self.request, server_side=True)
 
     @staticmethod
@@ -6887,18 +7361,45 @@ class _Listener(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self.gateway.is_full():
-            self._refuse(request)
-        elif self._opening.acquire(blocking=False):
-            super().process_request(request, client_address)
-        elif self.tls is None:                    # nothing in it blocks: the loop can do it all
+        try:
+            self.gateway.open.enter(client_address[0])
+        except EdgeError as error:
+            self._refuse(request, error)
+            return
+        if self._opening.acquire(blocking=False):
+            try:
+                super().process_request(request, client_address)
+                return
+            except RuntimeError:                  # the system gives us no more threads
+                self._opening.release()
+        if self.tls is None:                      # nothing in it blocks: the loop can do it all
             connection = HttpConnection(self.gateway, RequestParser(), client_address[0])
             self.gateway.adopt(connection, socket.socket(fileno=request.detach()))
         else:
-            self._refuse(request)
+            self.gateway.open.leave(client_address[0])
+            self._refuse(request, Unavailable(limit="connections"))
 
-    def _refuse(self, request: Any) -> None:
-        self.gateway.counters.add("refused_connections_total")
+    def get_request(self) -> Tuple[socket.socket, Any]:
+        """Accept a connection. Without free files for it, wait: it would be tried again at once."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                bridge_log.error("no connection can be accepted: %s", error)
+                time.sleep(SWEEP_S)
+            raise
+
+    def _refuse(self, request: Any, error: EdgeError) -> None:
+        """Close a connection, with an answer where there is no TLS in between."""
+        self.gateway.records.counters.add("refused_connections_total")
+        self.gateway.records.count_limit(error.limit)
+        if self.tls is None:
+            response = error_response(error)
+            fields = [*_response_fields(response), ("Content-Length", str(len(response.body))),
+                      ("Connection", "close")]
+            request.setblocking(False)
+            with contextlib.suppress(OSError):    # a few hundred bytes always fit a new socket
+                request.send(encode_response_head(response.status_code, fields) + response.body)
         self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -6922,9 +7423,9 @@ class _Routes:
     """
 
     def __init__(self, bridge: "Bridge", authenticator: Authenticator, registry: EdgeRegistry,
-                 hub: EventHub) -> None:
+                 journal: Journal) -> None:
         self._bridge, self._authenticator = bridge, authenticator
-        self._registry, self._hub = registry, hub
+        self._registry, self._hub, self._journal = registry, registry.hub, journal
         self._page, self._frame = load_explorer()
         self.router = Router()
         self._add_routes()
@@ -6932,6 +7433,8 @@ class _Routes:
     def _add_routes(self) -> None:
         for method, pattern, right, handler in (
                 ("GET", "", None, self._get_page), ("GET", "health", None, self._get_health),
+                ("GET", "health/live", None, self._get_live),
+                ("GET", "health/ready", None, self._get_ready),
                 ("GET", "auth", None, self._get_caller), ("POST", "auth", None, self._sign_in),
                 ("POST", "logout", None, self._sign_out),
                 ("POST", "edge/list", "look", self._list_topology),
@@ -6975,8 +7478,20 @@ class _Routes:
         return self._frame.respond(exchange.head.fields)
 
     def _get_health(self, _exchange: Exchange) -> Any:
-        """Answer whether the bridge is up, and its version."""
-        return {"status": "healthy", "version": __version__}
+        """Answer whether the bridge is up and ready, and its version."""
+        return {"status": "healthy", "live": True, "ready": not self._bridge.why_not_ready(),
+                "version": __version__}
+
+    def _get_live(self, _exchange: Exchange) -> Any:
+        """Answer that the process serves; no answer means that it should be started anew."""
+        return {"live": True}
+
+    def _get_ready(self, _exchange: Exchange) -> Any:
+        """Answer whether new work should be sent here; 503 when not."""
+        reason = self._bridge.why_not_ready()
+        if reason:
+            raise Unavailable(reason, headers=_retry_after(1))
+        return {"ready": True}
 
     def _get_caller(self, exchange: Exchange) -> Any:
         """Answer who the caller is and what it may do; nobody is null, with no rights."""
@@ -7036,8 +7551,26 @@ class _Routes:
 
     def _get_metrics(self, _exchange: Exchange) -> Response:
         """Answer counters and gauges (Prometheus text format)."""
-        return Response(self._bridge.counters.encode(self._bridge.gauges()),
+        return Response(self._bridge.records.counters.encode(self._measure()),
                         media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def _measure(self) -> Dict[str, float]:
+        """Return what /metrics shows of the present state."""
+        self._bridge.records.flush()
+        links, absent = self._registry.links, self._registry.absent
+        audit = self._bridge.records.audit
+        return {"edges": len(links), "edges_absent": len(absent),
+                "subscribers": len(self._hub.subscribers),
+                "connections": len(self._bridge.connections),
+                "requests_pending": sum(link.pending for link in links.values()),
+                "requests_waiting": sum(len(item.waiting) for item in absent.values()),
+                "link_unsent_bytes": sum(link.channel.unsent for link in links.values()),
+                "journal_unwritten": self._journal.unwritten,
+                "events_dropped": self._journal.dropped,
+                "last_event_id": self._hub.log.last_id, "event_lag": self._hub.lag(),
+                "audit_unwritten": audit.unwritten, "audit_dropped_total": audit.dropped,
+                "auth_failures_total": self._authenticator.failures,
+                "ready": float(not self._bridge.why_not_ready())}
 
     def _get_openapi(self, _exchange: Exchange) -> Any:
         """Answer this description."""
@@ -7071,6 +7604,7 @@ class _Routes:
                             HTTPStatus.UPGRADE_REQUIRED,
                             headers={"Upgrade": "websocket", "Connection": "Upgrade",
                                      "Sec-WebSocket-Version": "13"})
+        self._registry.check_room()
         connection = exchange.connection
         link = self._registry.open(connection, exchange.identity)
         rest = connection.take_over(link.on_data, link.on_lost)
@@ -7078,6 +7612,7 @@ class _Routes:
         connection.channel.send(encode_response_head(HTTPStatus.SWITCHING_PROTOCOLS, [
             ("Upgrade", "websocket"), ("Connection", "Upgrade"),
             ("Sec-WebSocket-Accept", accept_key(key))]))
+        self._bridge.records.write_audit(exchange, "register", HTTPStatus.SWITCHING_PROTOCOLS)
         if rest:
             link.on_data(rest)
 
@@ -7158,6 +7693,69 @@ class _OwnCall(Call):
         self._upload_window.add(size)
 
 
+def _timeout_of(head: RequestHead) -> Optional[float]:
+    """Return the seconds that the client gives its request, None without X-Request-Timeout."""
+    text = head.fields.get("x-request-timeout")
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) <= 0:
+        raise Unprocessable(f"X-Request-Timeout: {text[:40]!r} is not a number of seconds")
+    return float(text)
+
+
+class _Records:
+    """What is told of the bridge's work: counters, the audit log, a log line for each answer."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, audit: AuditLog) -> None:
+        self._loop, self.counters, self.audit = loop, Counters(), audit
+        self._answers: List[Tuple[Exchange, int, float]] = []    # the loop's; see on_answered()
+
+    def on_answered(self, exchange: Exchange, status: int, seconds: float) -> None:
+        """Take notice of an answer. It is counted and logged a moment later, many at once."""
+        if not self._answers:
+            self._loop.call_later(ANSWER_LOG_S, self.flush)
+        self._answers.append((exchange, status, seconds))
+
+    def flush(self) -> None:
+        """Count and log the answers of the last moments. On the loop."""
+        answers, self._answers = self._answers, []
+        for exchange, status, seconds in answers:
+            label = self._label_of(exchange)
+            self.counters.count_request(label, status, seconds)
+            if exchange.head.method not in SAFE_METHODS:
+                self.write_audit(exchange, label, status)
+            bridge_log.info("%s: %s %s %s %d in %.1f ms", exchange.request_id,
+                            exchange.identity.name if exchange.identity else "-",
+                            exchange.head.method, exchange.head.path[:120], status, seconds * 1000)
+
+    def write_audit(self, exchange: Exchange, route: str, status: int) -> None:
+        """Write down what was done, or not. The query is left out: who knows what is in it."""
+        identity, segments = exchange.identity, exchange.segments
+        self.audit.write({
+            "request": exchange.request_id, "token": identity.name if identity else None,
+            "scope": identity.scope.value if identity else None,
+            "address": exchange.connection.address,
+            "edge": segments[0] if segments and exchange.route is None else BRIDGE_NAME,
+            "method": exchange.head.method[:16], "route": route, "path": exchange.head.path[:512],
+            "status": status,
+            "outcome": "done" if status < 400 else "refused" if status < 500 else "failed"})
+
+    @staticmethod
+    def _label_of(exchange: Exchange) -> str:
+        """Return the route of an exchange as /metrics shows it."""
+        if exchange.route is not None:
+            return exchange.route.pattern
+        if exchange.link is None:
+            return "other"
+        segments = exchange.segments
+        return exchange.link.labels.get((segments[1], segments[2], len(segments)), "other")
+
+    def count_limit(self, name: Optional[str]) -> None:
+        """Count a refusal by one of the limits, which a plugin of an edge may have named."""
+        if name in LIMITS:
+            self.counters.add("limited_total", 1, f'limit="{name}"')
+
+
 class Bridge:
     """A bridge: the HTTP server that clients use and edges register with.
 
@@ -7177,7 +7775,6 @@ class Bridge:
         self._on_end = on_end
         self._tokens, self._wanted = tokens, list(plugins)
         self._request_timeout, self._heartbeat = request_timeout, heartbeat
-        self.counters = Counters()
         self._thread = LoopThread("bridge-loop")
         self.loop = self._thread.loop
         self._listener = _Listener((host, port), self, server_tls(cert, key) if cert else None)
@@ -7187,12 +7784,15 @@ class Bridge:
         own = {socket.gethostname(), socket.gethostname().partition(".")[0], host, *allow_hosts}
         self._authenticator = Authenticator(tokens, own)
         self.connections: Set[HttpConnection] = set()            # the loop's
+        self.open = ConnectionLimit(open_file_room())            # for every connection, first
+        self._rates = RateLimit()
         self.stopping = False                     # set by stop(), read everywhere
         self._state_dir = Path(state_dir or home_dir() / "state" / BRIDGE_NAME)
         self._journal = Journal(self._state_dir / "events", max_records=MAX_EVENTS,
                                 max_bytes=MAX_EVENT_BYTES, on_written=self._on_written)
-        self._hub = EventHub(self.loop, self.counters, self._journal)
-        self._registry = EdgeRegistry(self.loop, self._hub, self.counters, grace)
+        self.records = _Records(self.loop, AuditLog(self._state_dir / "audit.jsonl"))
+        self._hub = EventHub(self.loop, self.records.counters, self._journal)
+        self._registry = EdgeRegistry(self.loop, self._hub, self.records.counters, grace)
         self._registry.url = self.url
         self._memory = EdgeMemory(self._registry, self._state_dir / "edges.json")
         self._lock = StateLock(self._state_dir, self._on_end or (lambda: None))
@@ -7200,13 +7800,12 @@ class Bridge:
         self._host = PluginHost(BRIDGE_NAME, ROLE_BRIDGE, self._state_dir,
                                 bridge_url=self.url, notify=self._on_own_notification,
                                 changed=lambda: self._thread.call(self._registry.on_changed),
-                                once=self._once)
-        self._routes = _Routes(self, self._authenticator, self._registry, self._hub)
+                                once=self._once, audit=self.records.audit)
+        self._routes = _Routes(self, self._authenticator, self._registry, self._journal)
         self._own_exchanges: Set[Exchange] = set()               # the loop's; for plugins of ours
         self._most_connections = 0                # since memory was given back; the loop's
         self._own_ids = f"{secrets.token_hex(4)}-"
         self._request_count = 0                   # the loop's
-        self._unlogged: List[Tuple[Any, ...]] = []               # the loop's; see on_answered()
 
     # -- life
 
@@ -7223,6 +7822,7 @@ class Bridge:
             raise
         self._hub.log.open()
         self._once.open()
+        self.records.audit.open()
         self._memory.restore()
         self._thread.start()
         self._registry.host = self._host
@@ -7242,22 +7842,17 @@ class Bridge:
             self._thread.submit(self._close_all()).result(STOP_S)
         self._journal.close()
         self._once.close()
+        self.records.audit.close()
         self._lock.release()
         return self._thread.stop() and clean
 
-    def is_full(self) -> bool:
-        """Whether no further connection is taken. Any thread; an estimate."""
-        return len(self.connections) >= MAX_CONNECTIONS
-
-    def gauges(self) -> Dict[str, float]:
-        """Return what /metrics shows of the present state. On the loop."""
-        links = self._registry.links
-        return {"edges": len(links), "subscribers": len(self._hub.subscribers),
-                "connections": len(self.connections),
-                "requests_pending": sum(link.pending for link in links.values()),
-                "auth_failures": self._authenticator.failures,
-                "edges_absent": len(self._registry.absent),
-                "last_event_id": self._hub.log.last_id, "events_dropped": self._journal.dropped}
+    def why_not_ready(self) -> str:
+        """Return why clients had better use another bridge, "" when they need not."""
+        if self.stopping:
+            return "the bridge is about to end"
+        if self._journal.is_failing:
+            return "events cannot be written to the disk of the bridge"
+        return "all connections are taken" if self.open.is_full else ""
 
     def end_soon(self) -> None:
         """Ask whoever started the bridge to stop it, once the answers under way are sent."""
@@ -7279,6 +7874,8 @@ class Bridge:
         try:
             exchange.segments = parse_path(head.path)
             exchange.identity = self._authenticator.identify(head, connection.address)
+            if exchange.identity is not None:
+                self._rates.count(exchange.identity.name, exchange.started)
             self._routes.find(exchange)
         except EdgeError as error:
             exchange.error = error
@@ -7316,16 +7913,20 @@ class Bridge:
             exchange.fail(EdgeError(f"internal error; the log has it under {exchange.request_id}"))
 
     def on_answered(self, exchange: Exchange, status: int) -> None:
-        """Count an answer; its line in the log is written a moment later, many at once."""
+        """Take notice that an exchange has its answer."""
         self._own_exchanges.discard(exchange)
-        seconds = self.loop.time() - exchange.started
-        self.counters.add("requests_total", 1, f'status="{status}"')
-        self.counters.add("request_seconds_sum", seconds)
-        if not self._unlogged:
-            self.loop.call_later(ANSWER_LOG_S, self._log_answers)
-        self._unlogged.append((
-            exchange.request_id, exchange.identity.name if exchange.identity else "-",
-            exchange.head.method, exchange.head.path[:120], status, seconds * 1000))
+        self.records.on_answered(exchange, status, self.loop.time() - exchange.started)
+
+    def on_handshake_failed(self, address: str, too_slow: bool) -> None:
+        """Forget a connection that never came to a request. Any thread."""
+        self.open.leave(address)
+        if too_slow:
+            self.records.count_limit("handshake-time")
+
+    def on_connection_lost(self, connection: HttpConnection) -> None:
+        """Forget a connection."""
+        self.connections.discard(connection)
+        self.open.leave(connection.address)
 
     def on_client_gone(self, exchange: Exchange) -> None:
         """Cancel a request whose client has gone."""
@@ -7343,7 +7944,7 @@ class Bridge:
             raise NotFound("there is no such route; a plugin's are /EDGE/PLUGIN/ROUTE")
         target = head.target[len(head.target.split("/", 2)[1]) + 1:]
         headers = self._forwarded_fields(exchange)
-        exchange.timeout = self._timeout_of(head)
+        exchange.timeout = _timeout_of(head) or self._request_timeout
         exchange.on_progress()
         if name == BRIDGE_NAME:
             incoming = EdgeRequest(exchange.request_id, head.method, target, headers, exchange.body)
@@ -7376,14 +7977,6 @@ class Bridge:
         headers["x-forwarded-scope"] = exchange.identity.scope.value
         return headers
 
-    def _timeout_of(self, head: RequestHead) -> float:
-        text = head.fields.get("x-request-timeout")
-        if text is None:
-            return self._request_timeout
-        if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) <= 0:
-            raise Unprocessable(f"X-Request-Timeout: {text[:40]!r} is not a number of seconds")
-        return float(text)
-
     def _request_id(self, head: RequestHead) -> str:
         given = head.fields.get("x-request-id")
         if given is not None and REQUEST_ID_PATTERN.fullmatch(given):
@@ -7392,11 +7985,6 @@ class Bridge:
         return f"{self._own_ids}{self._request_count:x}"
 
     # -- inside
-
-    def _log_answers(self) -> None:
-        unlogged, self._unlogged = self._unlogged, []
-        for answer in unlogged:
-            bridge_log.info("%s: %s %s %s %d in %.1f ms", *answer)
 
     def _adopt(self, connection: HttpConnection, sock: socket.socket) -> None:
         self.connections.add(connection)
@@ -7477,7 +8065,7 @@ class Bridge:
         await asyncio.sleep(0)                    # closing connections write their last bytes
         for connection in list(self.connections):
             connection.channel.close("the bridge ends")
-        self._log_answers()
+        self.records.flush()
 
 
 def describe_api(routes: Router, edges: Dict[str, Dict[str, List[Tuple[str, str]]]]
@@ -8257,6 +8845,7 @@ Run:       --bridge  --edge        the meeting point; plugins on this machine; o
   --request-timeout S              the longest request                   [{REQUEST_S:.0f}]
   --heartbeat S                    between pings                         [{HEARTBEAT_S:.0f}]
   --grace S                        requests wait so long for a lost edge [{GRACE_S:.0f}]
+  --limit NAME=NUMBER              change a limit, such as request-rate=100 (may be repeated)
   --insecure  --no-auth            allow plain HTTP to other hosts; let everybody in
 Ask:       --list                  edges and plugins
   --call EDGE/PLUGIN/ROUTE [JSON]  POST with JSON, else GET; {{sid}} in ROUTE opens a session
@@ -8264,7 +8853,7 @@ Ask:       --list                  edges and plugins
   --check                          say, line by line, what works, and what to do about the rest
 Tokens:    --token add NAME [--scope admin|client|read|edge] [--expires 30d] [--edges PATTERN]
            --token list | --token revoke NAME                            [RADICAL_BRIDGE_TOKEN]
-Other:     --log-level LEVEL [RADICAL_LOG_LVL]   --version   -h, --help
+Other:     --log-level LEVEL [RADICAL_LOG_LVL]   --log json   --version   -h, --help
 """
 
 
@@ -8288,8 +8877,9 @@ def make_parser() -> argparse.ArgumentParser:
         parser.add_argument(flag)
     parser.add_argument("--port", type=int, default=DEFAULT_PORT)
     parser.add_argument("-p", "--plugins")
-    for flag in ("--plugin-file", "--allow-host"):
+    for flag in ("--plugin-file", "--allow-host", "--limit"):
         parser.add_argument(flag, action="append", default=[])
+    parser.add_argument("--log", choices=("text", "json"), default="text")
     parser.add_argument("--request-timeout", type=float, default=REQUEST_S)
     parser.add_argument("--heartbeat", type=float, default=HEARTBEAT_S)
     parser.add_argument("--grace", type=float, default=GRACE_S)
@@ -8320,7 +8910,9 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     _configure_logging(options.log_level or os.environ.get("RADICAL_LOG_LVL") or "INFO",
-                       serving=options.bridge or options.edge)
+                       serving=options.bridge or options.edge, as_json=options.log == "json")
+    for text in options.limit:
+        set_limit(text)
     if options.insecure:
         os.environ["RADICAL_BRIDGE_INSECURE"] = "1"
     if options.token:
@@ -8352,12 +8944,25 @@ class _LogFormatter(logging.Formatter):
         return f"{self._text}.{record.msecs:03.0f}"
 
 
-def _configure_logging(level: str, *, serving: bool) -> None:
+class _JsonFormatter(logging.Formatter):
+    """Formats a record as one line of JSON: time, level, role, message, and error if there was one.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {"time": record.created, "level": record.levelname, "logger": record.name,
+                 "message": record.getMessage()}
+        if record.exc_info:
+            entry["error"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=False)
+
+
+def _configure_logging(level: str, *, serving: bool, as_json: bool = False) -> None:
     number = logging.getLevelName(level.upper())
     if not isinstance(number, int):
         raise ValueError(f"--log-level {level}: take DEBUG, INFO, WARNING or ERROR")
     handler = logging.StreamHandler()
-    handler.setFormatter(_LogFormatter("%(asctime)s %(levelname).1s %(name)s: %(message)s"))
+    handler.setFormatter(_JsonFormatter() if as_json else
+                         _LogFormatter("%(asctime)s %(levelname).1s %(name)s: %(message)s"))
     logging.basicConfig(level=number if serving else max(number, logging.WARNING),
                         handlers=[handler])
     # a line for every request: spare what the format does not show

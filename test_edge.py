@@ -2138,7 +2138,7 @@ def test_http_1_0_is_answered_and_closed_unless_kept_alive(bridge, raw):
 
 
 def test_a_request_that_is_never_finished_is_408(tokens, monkeypatch, raw, bridge):
-    monkeypatch.setattr(radical_edge, "HANDSHAKE_S", 0.3)
+    monkeypatch.setattr(radical_edge, "HEAD_S", 0.3)
     client = raw()
     client.send(b"GET /health HTTP/1.1\r\nHos")
     assert_error(client.reply(), 408)
@@ -2724,6 +2724,8 @@ def test_an_answer_of_nonsense_on_a_stream_is_502(fake_edge2, raw, head):
 SCOPES = ("none", "read", "client", "edge", "admin")
 MATRIX = [                                       # route, and the statuses in the order of SCOPES
     ("GET", "/", (200, 200, 200, 200, 200)), ("GET", "/health", (200, 200, 200, 200, 200)),
+    ("GET", "/health/live", (200, 200, 200, 200, 200)),
+    ("GET", "/health/ready", (200, 200, 200, 200, 200)),
     ("POST", "/logout", (200, 200, 200, 200, 200)), ("GET", "/auth", (200, 200, 200, 200, 200)),
     ("GET", "/plugins/frame", (200, 200, 200, 200, 200)),
     ("POST", "/edge/list", (401, 200, 200, 403, 200)),
@@ -3157,7 +3159,9 @@ def test_too_many_connections_are_refused_and_counted(bridge, raw, monkeypatch):
     client = raw()
     assert client.request("GET", "/health")[0] == 200
     monkeypatch.setattr(radical_edge, "MAX_CONNECTIONS", 1)
-    assert raw().is_closed()
+    refused = raw()
+    assert_error(refused.reply(), 503, "connections")
+    assert refused.is_closed()
     assert b"refused_connections_total 1" in client.request("GET", "/metrics")[2]
 
 
@@ -3339,7 +3343,7 @@ def test_a_handler_that_blocks_loses_no_heartbeat_and_holds_up_no_other_plugin(t
         end = time.monotonic() + 4.0
         while time.monotonic() < end:
             assert client.request("GET", "/e1/other/hello")[0] == 200
-        assert bridge.counters._counts["links_lost_total", ""] == 0
+        assert bridge.records.counters._counts["links_lost_total", ""] == 0
         blocked.close()
         client.close()
     finally:
