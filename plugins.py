@@ -1,7 +1,8 @@
 """The plugins that come with Radical Edge; radical_edge.py loads this file from beside it.
 
     1. sysinfo    the machine: CPU, memory, disks, network, GPUs
-    2. psij       jobs: a local executor of our own, and the batch systems through psij-python
+    3. tunnels    edges that an edge starts, where only it can reach the bridge
+    4. psij       jobs: a local executor of our own, and the batch systems through psij-python
     7. lucid      pilots and tasks through RADICAL-Pilot, which runs in a child process
 
 Optional packages are imported where they are needed, and a plugin that lacks one says so.
@@ -11,12 +12,17 @@ from __future__ import annotations
 import asyncio
 import codecs
 import contextlib
+import dataclasses
 import datetime
+import hmac
+import ipaddress
 import itertools
 import json
 import logging
 import os
+import random
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -27,15 +33,20 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Set, Tuple
 
-from radical_edge import (Conflict, DeadlineExceeded, EdgeError, NotFound, NotInstalled, Plugin,
-                          PluginClient, PluginSession, Request, TooManyRequests, Unavailable,
-                          Unprocessable, repeatable, write_private)
+import radical_edge
+from radical_edge import (RELAY_NONCE, RESERVED_NAMES, SSH_OPTIONS, TUNNEL_MODES, BridgeURL,
+                          Conflict, DeadlineExceeded, EdgeError, LoopThread, NotFound, NotInstalled,
+                          Plugin, PluginClient, PluginSession, PortFile, ProtocolError, Request,
+                          Target, TooManyRequests, Unavailable, Unprocessable, Uplink, Workers,
+                          answer_relay, encode_port_file, forward_option, is_ssh_host,
+                          is_valid_name, make_child_token, parse_bridge_url, repeatable,
+                          tunnels_dir, write_private)
 
 __all__ = ["LocalExecutor", "LucidClient", "LucidSession", "PSIJClient", "PSIJSession",
-           "PilotChild", "PluginLucid", "PluginPSIJ", "PluginSysInfo", "SysInfoClient",
-           "SysInfoProvider", "SysInfoSession"]
+           "PilotChild", "PluginLucid", "PluginPSIJ", "PluginSysInfo", "Relay", "ReverseSSH",
+           "SysInfoClient", "SysInfoProvider", "SysInfoSession", "Tunnels"]
 
 # ---------------------------------------------------------------------------
 # 1. sysinfo: what the machine is and how busy it is. Parsers turn text into values; the provider
@@ -625,14 +636,796 @@ class PluginSysInfo(Plugin):
 
 
 # ---------------------------------------------------------------------------
-# 2. psij: jobs. First what a job is, then the local executor and its supervisors, then the batch
+# 3. tunnels: how an edge that an edge started on a compute node reaches the bridge. What a child
+#    is; the ssh of a reverse tunnel; the relay, with a loop of its own; and the watchers of all
+#    three. The child's own side is in radical_edge.py, section 12.
+# ---------------------------------------------------------------------------
+
+log_tunnels = logging.getLogger("radical_edge.tunnels")
+
+GRACE_S = 5.0                  # between SIGTERM and SIGKILL
+SSH_START_S = 45.0             # until ssh must have opened its port
+SSH_BACKOFF_S = (1.0, 60.0)    # first and longest pause before ssh is started again
+SSH_FAILURES = 3               # in a row: the tunnel is then reported as failed, and tried on
+WATCH_S = 0.25                 # jobs and ssh processes are looked at so often
+CHILD_TOKEN_S = 30 * 86400     # a child's token lives so long; its watcher renews it every day
+RENEW_S = 86400.0
+ADMISSION_S = 10.0             # a relay's peer proves within so long that it is the child
+MAX_STRANGERS = 64             # connections of one relay that have not proved it yet
+MAX_RELAYED = 16               # connections of one relay that have
+RELAY_PIECE = 256 * 1024       # bytes moved at once
+HALF_CLOSED_S = 15.0           # one direction of a relayed connection outlives the other so long
+KEEP_TUNNELS_S = 7 * 86400     # what became of a tunnel is known so long
+
+# what edges of radical.edge 0.x were started with: it stands for the parent's own Python and file
+CHILD_EXECUTABLES = frozenset(("radical-edge-wrapper.sh", "radical-edge-service.sh",
+                               "radical-edge-service", "radical-edge"))
+# the edge's, not the job's
+_SECRET_VARIABLES = ("RADICAL_BRIDGE_TOKEN", "RADICAL_BRIDGE_TOKEN_FILE", "RADICAL_BRIDGE_KEY")
+_CHILD_OPTIONS = {"-n": "name", "--name": "name", "--url": "url", "--tunnel-via": "via",
+                  "--tunnel": "tunnel"}
+
+
+def process_started(pid: int) -> int:
+    """Return when a process was started, in clock ticks; 0 where that cannot be known."""
+    try:
+        return int(_read(f"/proc/{pid}/stat", 4096).rpartition(")")[2].split()[19])
+    except (ValueError, IndexError):
+        return 0
+
+
+def is_same_process(pid: Optional[int], started: Optional[int]) -> bool:
+    """Whether the process lives and is the one that was started then: numbers are used again."""
+    if not pid:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return False                              # somebody else's: the number was used again
+    state = _read(f"/proc/{pid}/stat", 4096).rpartition(")")[2].split()[:1]
+    return process_started(pid) == (started or 0) and state != ["Z"]
+
+
+def _clean_environment() -> Dict[str, str]:
+    """Return the edge's environment without its own secrets."""
+    return {name: value for name, value in os.environ.items() if name not in _SECRET_VARIABLES}
+
+
+# -- what is to be started
+
+class Child(NamedTuple):
+    """An edge to be started as a job: its name, how it gets to which bridge, and its job_spec."""
+    edge_name: str
+    mode: str
+    url: str
+    via: Optional[str]
+    spec: Dict[str, Any]
+
+
+def parse_tunnel_mode(value: Any) -> str:
+    """Return "none", "reverse", "forward" or "relay"; true and false, as 0.x has them, are taken.
+
+    Raises Unprocessable.
+    """
+    if value is None or isinstance(value, bool):
+        return "reverse" if value else "none"
+    if value not in TUNNEL_MODES:
+        raise Unprocessable("tunnel: must be true, false, 'none', 'reverse', 'forward' or 'relay'")
+    return value
+
+
+def parse_child_arguments(arguments: List[str]) -> Dict[str, str]:
+    """Return what a child's arguments say of "name", "url", "via" and "tunnel"."""
+    found, rest = {}, list(arguments)
+    while rest:
+        option, sign, value = rest.pop(0).partition("=")
+        if re.match("-n[^=]", option):            # "-nNAME"
+            option, sign, value = "-n", "=", option[2:] + sign + value
+        name = _CHILD_OPTIONS.get(option)
+        if name == "tunnel" and not sign:
+            value = rest.pop(0) if rest and rest[0] in TUNNEL_MODES else "reverse"
+        elif name is not None and not sign:
+            value = rest.pop(0) if rest else ""
+        if name is not None:
+            found[name] = value
+    return found
+
+
+def make_child(spec: Any, tunnel: Any, uplink: Uplink) -> Child:
+    """Return the child that a job_spec describes, with the job_spec that starts it.
+
+    Raises Unprocessable, which names the field, for what cannot become an edge or reach a bridge.
+    """
+    mode = parse_tunnel_mode(tunnel)
+    arguments = spec.get("arguments") if isinstance(spec, dict) else None
+    if not isinstance(arguments, list) or not all(isinstance(item, str) for item in arguments):
+        raise Unprocessable("job_spec.arguments: must be a list with -n or --name and the name of "
+                            "the edge to start")
+    said = parse_child_arguments(arguments)
+    name, via = said.get("name"), said.get("via")
+    if not is_valid_name(name) or name in RESERVED_NAMES:
+        raise Unprocessable("job_spec.arguments: must have -n or --name and a name of 1 to 64 "
+                            "letters, digits, '.', '_' or '-' for the edge to start")
+    if via is not None and not is_ssh_host(via):
+        raise Unprocessable("job_spec.arguments: --tunnel-via must be a host, or user@host")
+    if said.get("tunnel", mode) != mode:
+        raise Unprocessable(f"job_spec.arguments: --tunnel {said['tunnel']} is not what the field "
+                            f"tunnel says, {mode!r}")
+    target = _find_target(said.get("url"), mode, uplink)
+    made = _make_child_spec(spec, arguments, mode, "tunnel" in said)
+    given = made.get("environment")
+    if given is None or isinstance(given, dict):  # otherwise parse_job_spec() says what it must be
+        made["environment"] = {**_child_environment(target, name), **(given or {})}
+    return Child(name, mode, str(target.url), via, made)
+
+
+def _find_target(url: Optional[str], mode: str, uplink: Uplink) -> Target:
+    """Return the bridge for a child: of several, the first. Raises Unprocessable."""
+    try:
+        text = url.split(",") if url else uplink.urls[:1]
+        if mode in ("reverse", "relay") and len(text) > 1:
+            raise ValueError(f"a {mode} tunnel leads to one bridge: give one --url")
+        target = uplink.find(text[0])
+    except ValueError as error:
+        raise Unprocessable(f"job_spec.arguments: {error}") from None
+    insecure = os.environ.get("RADICAL_BRIDGE_INSECURE") == "1"
+    if mode == "relay" and not target.url.tls and not insecure:
+        raise Unprocessable("tunnel: relay would carry the token unencrypted over the internal "
+                            "network: it needs a bridge with TLS, or --insecure")
+    if mode in ("reverse", "forward") and not uplink.is_direct(target.url):
+        raise Unprocessable(f"tunnel: {mode} cannot be used here, for this edge reaches the bridge "
+                            "through a proxy or tunnel of its own: take 'relay'")
+    return target
+
+
+def _make_child_spec(spec: Dict[str, Any], arguments: List[str], mode: str,
+                     has_mode: bool) -> Dict[str, Any]:
+    flags = [] if mode == "none" or has_mode else \
+        ["--tunnel"] if mode == "reverse" else ["--tunnel", mode]
+    executable = spec.get("executable")
+    if executable in (None, "") or executable in CHILD_EXECUTABLES:
+        return {**spec, "executable": sys.executable,
+                "arguments": [str(Path(radical_edge.__file__).resolve()), "--edge",
+                              *[item for item in arguments if item != "--edge"], *flags]}
+    return {**spec, "arguments": [*arguments, *flags]}
+
+
+def _child_environment(target: Target, edge_name: str) -> Dict[str, str]:
+    """Return the variables from which a child knows its bridge. The token is in a file."""
+    values = {"RADICAL_BRIDGE_URL": str(target.url)}
+    if target.token:
+        values["RADICAL_BRIDGE_TOKEN_FILE"] = str(tunnels_dir() / f"{edge_name}.token")
+    if target.cert:
+        is_pin = target.cert.lower().startswith("sha256:")
+        values["RADICAL_BRIDGE_CERT"] = target.cert if is_pin else os.path.abspath(target.cert)
+    if os.environ.get("RADICAL_BRIDGE_INSECURE") == "1":
+        values["RADICAL_BRIDGE_INSECURE"] = "1"
+    return values
+
+
+# -- reverse: ssh from here to the compute node
+
+def parse_allocated_port(text: str) -> Optional[int]:
+    """Return the port that `ssh -R 0` says it was given; None before it says so."""
+    match = re.search(r"^Allocated port ([0-9]{1,5}) for remote forward", text, re.MULTILINE)
+    return int(match[1]) if match else None
+
+
+class ReverseSSH:
+    """One `ssh -R` to a compute node. It outlives the edge; the next one takes it over.
+
+    log_path: where ssh writes what it says; also the mark by which its process is known.
+    """
+
+    def __init__(self, log_path: Path) -> None:
+        self._log_path = log_path
+        self._process: Optional["subprocess.Popen[bytes]"] = None    # None: taken over
+        self.pid: Optional[int] = None
+        self.started: Optional[int] = None        # with the pid it names a process for good
+
+    def adopt(self, pid: Optional[int], started: Optional[int]) -> bool:
+        """Take over the process of an earlier edge, if it still lives; end any other. Blocks."""
+        lives = is_same_process(pid, started)
+        for other in self._find():
+            if other != pid or not lives:         # the edge was killed before it wrote this down
+                self._kill(other, signal.SIGKILL)
+        self.pid, self.started = (pid, started) if lives else (None, None)
+        return lives
+
+    def start(self, node: str, url: BridgeURL) -> None:
+        """Start ssh. Blocks. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            self._log_path.unlink()
+        self._log_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._process = subprocess.Popen(
+            ["ssh", *SSH_OPTIONS, "-E", str(self._log_path), "-R",
+             f"127.0.0.1:0:{forward_option(url)}", "--", node],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True, cwd="/", env=_clean_environment())
+        self.pid, self.started = self._process.pid, process_started(self._process.pid)
+
+    def is_alive(self) -> bool:
+        """Whether ssh still runs."""
+        if self._process is not None and self._process.poll() is not None:
+            return False
+        return is_same_process(self.pid, self.started)
+
+    def read_port(self) -> Optional[int]:
+        """Return the port at which ssh listens on the node; None before it does."""
+        return parse_allocated_port(_read(str(self._log_path)))
+
+    def read_reason(self) -> str:
+        """Return ssh's last words."""
+        lines = [line.strip() for line in _read(str(self._log_path)).splitlines() if line.strip()]
+        return "; ".join(lines[-3:])[-500:] or "it said nothing"
+
+    def stop(self) -> None:
+        """End ssh. Blocks for GRACE_S at the most."""
+        if self.pid is None:
+            return
+        end = time.monotonic() + GRACE_S
+        number = signal.SIGTERM
+        while self.is_alive():
+            self._kill(self.pid, number)
+            number = signal.SIGKILL if time.monotonic() > end else signal.SIGTERM
+            time.sleep(0.05)
+        self.pid = self.started = None
+
+    @staticmethod
+    def _kill(pid: int, number: int) -> None:
+        with contextlib.suppress(OSError):
+            os.kill(pid, number)
+
+    def _find(self) -> List[int]:
+        """Return the pids of our ssh processes with this log file."""
+        mark = b"\0-E\0" + os.fsencode(str(self._log_path)) + b"\0"
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                if path.stat().st_uid == os.geteuid() and mark in path.read_bytes():
+                    found.append(int(path.parent.name))
+            except OSError:                       # it has just ended
+                continue
+        return found
+
+
+# -- relay: this process listens on the internal network
+
+def internal_addresses(via: Optional[str] = None) -> List[str]:
+    """Return the addresses at which compute nodes may find this host. Blocks (name look-up).
+
+    Those of `via` if that is given; else all private ones (RFC 1918 and the like), or what the
+    host's own name stands for. Never the loopback, unless `via` says so.
+    """
+    if via is None:
+        names = [name for _, name in socket.if_nameindex()]
+        found = [address for address in map(_ipv4_address, names) if address and
+                 ipaddress.ip_address(address).is_private and _is_reachable(address)]
+        if found:
+            return found
+    host = via.rpartition("@")[2] if via else socket.gethostname()
+    try:
+        known = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return []
+    addresses = list(dict.fromkeys(item[4][0] for item in known))
+    return addresses if via else [address for address in addresses if _is_reachable(address)]
+
+
+def _is_reachable(address: str) -> bool:
+    number = ipaddress.ip_address(address.partition("%")[0])
+    return not (number.is_loopback or number.is_link_local or number.is_unspecified)
+
+
+class _Relayed:
+    """The relay for one child: whom to admit, where to lead it, where it listens."""
+
+    def __init__(self, edge_name: str, url: BridgeURL, secret: str) -> None:
+        self.edge_name, self.url, self.secret = edge_name, url, secret
+        self.servers: List[asyncio.AbstractServer] = []
+        self.strangers = self.admitted = 0        # open connections; the relay loop's
+        self.tasks: Set["asyncio.Task[None]"] = set()
+
+
+class Relay:
+    """Forwards bytes between children and the bridge, for who knows a child's secret.
+
+    It has a thread and a loop of its own, so that no plugin's work delays what passes through.
+    Nothing is forwarded, and the bridge not even dialled, before the secret was proved. What passes
+    is TLS between child and bridge, which is not looked into.
+    """
+
+    def __init__(self, uplink: Uplink) -> None:
+        self._uplink = uplink
+        self._thread: Optional[LoopThread] = None
+        self._workers = Workers("relay", 8)       # for dialling
+        self._relayed: Dict[str, _Relayed] = {}   # by edge name; the relay loop's
+
+    async def open(self, edge_name: str, url: BridgeURL, secret: str, addresses: List[str],
+                   port: int = 0) -> Tuple[int, List[str]]:
+        """Listen for a child; return (port, the addresses that worked). Of another loop.
+
+        port: the one to take if it is free. Raises Unavailable when no address works.
+        """
+        if self._thread is None:
+            self._thread = LoopThread("relay").start()
+        return await asyncio.wrap_future(self._thread.submit(
+            self._listen(_Relayed(edge_name, url, secret), addresses, port)))
+
+    async def close(self, edge_name: str) -> None:
+        """Listen no more for a child, and end its connections. Of another loop."""
+        if self._thread is not None:
+            await asyncio.wrap_future(self._thread.submit(self._end(edge_name)))
+
+    def stop(self) -> None:
+        """End all. Blocks."""
+        self._workers.stop()
+        if self._thread is not None:
+            self._thread.stop()
+
+    # -- on the relay loop
+
+    async def _listen(self, relayed: _Relayed, addresses: List[str],
+                      port: int) -> Tuple[int, List[str]]:
+        await self._end(relayed.edge_name)
+        working: List[str] = []
+        trouble = "this host has no internal address: give --tunnel-via HOST"
+        for address in addresses:
+            for number in dict.fromkeys((port, 0)) if not working else (port,):
+                try:
+                    server = await asyncio.start_server(
+                        lambda reader, writer: self._on_connection(relayed, reader, writer),
+                        address, number, limit=RELAY_PIECE)
+                except OSError as error:
+                    trouble = f"{address}: {error.strerror or error}"
+                    continue
+                port = server.sockets[0].getsockname()[1]
+                relayed.servers.append(server)
+                working.append(address)
+                break
+        if not working:
+            raise Unavailable(f"the relay cannot listen: {trouble}")
+        self._relayed[relayed.edge_name] = relayed
+        return port, working
+
+    async def _end(self, edge_name: str) -> None:
+        relayed = self._relayed.pop(edge_name, None)
+        if relayed is not None:
+            for server in relayed.servers:
+                server.close()
+            for task in list(relayed.tasks):
+                task.cancel()
+
+    async def _on_connection(self, relayed: _Relayed, reader: asyncio.StreamReader,
+                             writer: asyncio.StreamWriter) -> None:
+        peer = writer.get_extra_info("peername")
+        task = asyncio.current_task()
+        relayed.tasks.add(task)
+        try:
+            if await self._admit(relayed, reader, writer):
+                await self._lead(relayed, reader, writer)
+            else:
+                log_tunnels.warning("%s: relay: refused %s", relayed.edge_name, peer)
+        except (OSError, EdgeError, ValueError, ProtocolError) as error:
+            log_tunnels.warning("%s: relay: %s: %s", relayed.edge_name, peer, error)
+        except asyncio.CancelledError:            # the child's job has ended, or we do
+            pass
+        finally:
+            relayed.tasks.discard(task)
+            writer.close()
+
+    async def _admit(self, relayed: _Relayed, reader: asyncio.StreamReader,
+                     writer: asyncio.StreamWriter) -> bool:
+        """Return whether the peer knows the secret; it has ADMISSION_S to prove it."""
+        if relayed.strangers >= MAX_STRANGERS:
+            return False
+        relayed.strangers += 1
+        try:
+            nonce = os.urandom(RELAY_NONCE)
+            writer.write(nonce)
+            answer = await asyncio.wait_for(reader.readexactly(RELAY_NONCE), ADMISSION_S)
+        except (asyncio.IncompleteReadError, asyncio.TimeoutError):
+            return False
+        finally:
+            relayed.strangers -= 1
+        return hmac.compare_digest(answer, answer_relay(relayed.secret, nonce)) and \
+            relayed.admitted < MAX_RELAYED
+
+    async def _lead(self, relayed: _Relayed, reader: asyncio.StreamReader,
+                    writer: asyncio.StreamWriter) -> None:
+        relayed.admitted += 1
+        try:
+            try:
+                sock = await self._workers.call(self._uplink.open_route, relayed.url)
+            except Exception:
+                writer.write(b"-")
+                raise
+            sock.setblocking(False)
+            theirs = await asyncio.open_connection(sock=sock, limit=RELAY_PIECE)
+            writer.write(b"+")
+            await _join_streams((reader, writer), theirs)
+        finally:
+            relayed.admitted -= 1
+
+
+async def _join_streams(one: Tuple[asyncio.StreamReader, asyncio.StreamWriter],
+                        other: Tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> None:
+    """Move bytes both ways until both have ended, or one did HALF_CLOSED_S ago."""
+    for _, writer in (one, other):
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    pumps = [asyncio.ensure_future(_pump(one[0], other[1])),
+             asyncio.ensure_future(_pump(other[0], one[1]))]
+    try:
+        await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(pumps, timeout=HALF_CLOSED_S)
+    finally:
+        for pump in pumps:
+            pump.cancel()
+        other[1].close()
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Move bytes one way, no faster than they are taken, until the end."""
+    with contextlib.suppress(OSError, asyncio.CancelledError):
+        while True:
+            data = await reader.read(RELAY_PIECE)
+            if not data:
+                writer.write_eof()
+                return
+            writer.write(data)
+            await writer.drain()
+
+
+# -- the watchers
+
+@dataclasses.dataclass
+class TunnelRecord:
+    """A child and the state of its tunnel: what is kept on disk. The plugin's loop owns it."""
+    edge_name: str
+    mode: str
+    url: str
+    via: Optional[str]
+    sid: str
+    job_id: str
+    secret: str                                   # that admits the child to a relay
+    status: str = "pending"
+    error: Optional[str] = None
+    port: Optional[int] = None
+    pid: Optional[int] = None                     # of ssh, on `host`
+    pid_started: Optional[int] = None
+    host: str = ""
+    was_active: bool = False
+    ended: bool = False                           # nothing more will be done about it
+    time: float = 0.0                             # of the last change, seconds since the epoch
+
+    def encode(self) -> str:
+        """Return the JSON text from which decode() makes the record again."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def decode(cls, text: str) -> Optional["TunnelRecord"]:
+        """Return the record of encode(); None for anything else."""
+        values = _json_object(text)
+        known = {field.name for field in dataclasses.fields(cls)}
+        try:
+            record = cls(**{name: value for name, value in values.items() if name in known})
+            parse_bridge_url(record.url)
+        except (TypeError, ValueError, AttributeError):
+            return None
+        is_good = is_valid_name(record.edge_name) and record.mode in TUNNEL_MODES
+        return record if is_good else None
+
+    def describe(self) -> Dict[str, Any]:
+        """Return what tunnel_status answers."""
+        return {"edge_name": self.edge_name, "status": self.status, "mode": self.mode,
+                "port": self.port if self.status == "active" else None,
+                "pid": None if self.ended else self.pid, "error": self.error,
+                "job_id": self.job_id}
+
+
+class Tunnels:
+    """The children of this edge and their tunnels: one watcher each, on the plugin's loop.
+
+    folder: of the records, so that an edge that was killed goes on. find_job(job_id) returns the
+    Job, or None; find_node(job) the host to which a reverse tunnel leads. on_change(described) is
+    called for each new status.
+    """
+
+    def __init__(self, folder: Path, uplink: Uplink, find_job: Callable[[str], Any],
+                 find_node: Callable[[Any], Any],
+                 on_change: Callable[[Dict[str, Any]], None]) -> None:
+        self._folder, self._uplink, self._find_job = folder, uplink, find_job
+        self._find_node, self._on_change = find_node, on_change
+        self._relay = Relay(uplink)
+        self._records: Dict[str, TunnelRecord] = {}              # by edge name
+        self._live: Set[str] = set()              # names of those being submitted or watched
+        self._watchers: Dict[str, "asyncio.Task[None]"] = {}     # by edge name
+        self._online: Set[str] = set()            # names of the edges that are connected
+
+    async def open(self) -> None:
+        """Go on with what an earlier process has begun."""
+        for record in await asyncio.to_thread(self._load):
+            self._records[record.edge_name] = record
+            if not record.ended:
+                self.watch(record.edge_name)
+
+    def close(self) -> None:
+        """Stop watching. ssh goes on, as the jobs do: the next process takes it over."""
+        for task in self._watchers.values():
+            task.cancel()
+        self._relay.stop()
+
+    def describe(self, edge_name: str) -> Dict[str, Any]:
+        """Return {"edge_name", "status", "mode", "port", "pid", "error", "job_id"}."""
+        record = self._records.get(edge_name)
+        if record is None:
+            return {"edge_name": edge_name, "status": "no_tunnel", "mode": "none", "port": None,
+                    "pid": None, "error": None, "job_id": None}
+        return record.describe()
+
+    def on_topology(self, names: Iterable[str]) -> None:
+        """Take notice of which edges are connected."""
+        self._online = set(names)
+
+    async def prepare(self, child: Child, sid: str, job_id: str) -> None:
+        """Write down a child that is about to be submitted. Raises Conflict for a live name."""
+        known = self._records.get(child.edge_name)
+        if child.edge_name in self._live:
+            if known.job_id == job_id:
+                return                            # the same submission, sent again
+            raise Conflict(f"the edge {child.edge_name!r} has been started already, by the job "
+                           f"{known.job_id}: cancel that, or take another name")
+        record = TunnelRecord(child.edge_name, child.mode, child.url, child.via, sid, job_id,
+                              secrets.token_hex(32), time=time.time(),
+                              status="no_tunnel" if child.mode == "none" else "pending")
+        self._records[child.edge_name] = record
+        self._live.add(child.edge_name)
+        try:
+            await asyncio.to_thread(self._prepare, record)
+        except BaseException as error:
+            self._drop(record)
+            if isinstance(error, ValueError):     # the edge's token is good for itself alone
+                raise Unprocessable(f"tunnel: {error}") from None
+            raise
+
+    async def abandon(self, edge_name: str) -> None:
+        """Forget a child whose job was refused."""
+        record = self._records[edge_name]
+        self._drop(record)
+        await asyncio.to_thread(self._clean, record)
+        await asyncio.to_thread(self._unlink, self._path(record))
+
+    def watch(self, edge_name: str) -> None:
+        """Open the child's tunnel once its job runs, and keep it up until the job ends."""
+        self._live.add(edge_name)
+        if edge_name not in self._watchers:
+            record = self._records[edge_name]
+            self._watchers[edge_name] = asyncio.ensure_future(self._watch(record))
+
+    # -- one child
+
+    async def _watch(self, record: TunnelRecord) -> None:
+        keeper = {"none": self._keep_nothing, "reverse": self._keep_ssh,
+                  "forward": self._keep_forward, "relay": self._keep_relay}[record.mode]
+        renewing = asyncio.ensure_future(self._renew_token(record))
+        try:
+            while self._state(record) not in ("ACTIVE", None) and not self._has_ended(record):
+                await asyncio.sleep(WATCH_S)      # as long as the queue takes
+            await keeper(record)                  # also if it has ended: there may be an old ssh
+            await self._finish(record)
+        except Exception as error:                # ours; what it says is all that can be known
+            log_tunnels.exception("%s: watcher failed", record.edge_name)
+            await self._set(record, "failed", error=f"the watcher failed: {error}", ended=True)
+        finally:                                  # cancelled: the next process goes on
+            renewing.cancel()
+            self._live.discard(record.edge_name)
+            self._watchers.pop(record.edge_name, None)
+
+    def _state(self, record: TunnelRecord) -> Optional[str]:
+        job = self._find_job(record.job_id)
+        return job.state if job is not None else None
+
+    def _has_ended(self, record: TunnelRecord) -> bool:
+        job = self._find_job(record.job_id)
+        return job is None or job.is_over
+
+    async def _keep_nothing(self, record: TunnelRecord) -> None:
+        while not self._has_ended(record):
+            await asyncio.sleep(WATCH_S)
+
+    async def _keep_forward(self, record: TunnelRecord) -> None:
+        """The child's own ssh is out of sight: its tunnel is up when the child is connected."""
+        while not self._has_ended(record):
+            online = record.edge_name in self._online
+            await self._set(record, "active" if online else "pending")
+            await asyncio.sleep(WATCH_S)
+
+    async def _keep_relay(self, record: TunnelRecord) -> None:
+        pause = SSH_BACKOFF_S[0]
+        url = parse_bridge_url(record.url)
+        while not self._has_ended(record):
+            addresses = await asyncio.to_thread(internal_addresses, record.via)
+            try:
+                port, hosts = await self._relay.open(record.edge_name, url, record.secret,
+                                                     addresses, record.port or 0)
+            except Unavailable as error:
+                await self._set(record, "failed", error=error.detail)
+                pause = await self._pause(record, pause)
+                continue
+            await self._offer(record, PortFile(port, record.secret, tuple(hosts[:8])))
+            await self._keep_nothing(record)
+        await self._relay.close(record.edge_name)
+
+    async def _keep_ssh(self, record: TunnelRecord) -> None:
+        ssh = ReverseSSH(self._folder / f"{record.edge_name}.ssh")
+        here = record.host == os.uname().nodename
+        alive = await asyncio.to_thread(ssh.adopt, record.pid if here else None,
+                                        record.pid_started)
+        failures, pause = 0, SSH_BACKOFF_S[0]
+        while not self._has_ended(record):
+            try:
+                if not alive:
+                    await self._start_ssh(record, ssh)
+                await self._follow_ssh(record, ssh)
+                failures, pause = 0, SSH_BACKOFF_S[0]
+            except (OSError, EdgeError) as error:
+                failures += 1
+                await self._report_ssh(record, str(error), failures)
+            alive = False
+            await self._end_ssh(record, ssh)
+            pause = await self._pause(record, pause)
+        await self._end_ssh(record, ssh)
+
+    async def _end_ssh(self, record: TunnelRecord, ssh: ReverseSSH) -> None:
+        await asyncio.to_thread(ssh.stop)
+        record.pid = record.pid_started = None
+        await asyncio.to_thread(self._unlink, _port_path(record))
+
+    async def _start_ssh(self, record: TunnelRecord, ssh: ReverseSSH) -> None:
+        node = await self._find_node(self._find_job(record.job_id))
+        if not is_ssh_host(node):
+            raise Unavailable(f"the job runs on {node!r}, which is no host name")
+        await asyncio.to_thread(ssh.start, node, parse_bridge_url(record.url))
+        record.pid, record.pid_started = ssh.pid, ssh.started
+        record.host = os.uname().nodename
+        await self._store(record)                 # before it is of use: the next edge must find it
+
+    async def _follow_ssh(self, record: TunnelRecord, ssh: ReverseSSH) -> None:
+        """Return when the job has ended, or ssh after it had worked. Raises Unavailable if not."""
+        end = time.monotonic() + SSH_START_S
+        port = None
+        while ssh.is_alive() and not self._has_ended(record):
+            if port is None:
+                port = await asyncio.to_thread(ssh.read_port)
+                if port is not None:
+                    await self._offer(record, PortFile(port))
+                elif time.monotonic() > end:
+                    break
+            await asyncio.sleep(WATCH_S)
+        if not self._has_ended(record):
+            reason = await asyncio.to_thread(ssh.read_reason)
+            if port is None:
+                raise Unavailable(f"ssh: {reason}")
+            log_tunnels.warning("%s: ssh ended and is started again: %s", record.edge_name, reason)
+            await self._set(record, "pending", error=f"ssh ended: {reason}")
+
+    async def _report_ssh(self, record: TunnelRecord, reason: str, failures: int) -> None:
+        log_tunnels.warning("%s: no tunnel yet: %s", record.edge_name, reason)
+        await self._set(record, "failed" if failures >= SSH_FAILURES else "pending", error=reason)
+
+    async def _pause(self, record: TunnelRecord, pause: float) -> float:
+        """Wait, but not beyond the job's end; return how long to wait next time."""
+        end = time.monotonic() + pause * random.uniform(0.5, 1.5)
+        while time.monotonic() < end and not self._has_ended(record):
+            await asyncio.sleep(WATCH_S)
+        return min(2 * pause, SSH_BACKOFF_S[1])
+
+    async def _offer(self, record: TunnelRecord, content: PortFile) -> None:
+        """Tell the child where its tunnel is."""
+        await asyncio.to_thread(write_private, _port_path(record), encode_port_file(content))
+        record.port = content.port
+        await self._set(record, "active")
+        await self._store(record)
+
+    async def _finish(self, record: TunnelRecord) -> None:
+        """Take notice of the job's end."""
+        job = self._find_job(record.job_id)
+        await asyncio.to_thread(self._clean, record)
+        if record.mode == "none":
+            await self._set(record, "no_tunnel", ended=True)
+        elif record.was_active or job is not None and job.state == "CANCELED":
+            await self._set(record, "done", ended=True)
+        elif job is None:
+            await self._set(record, "failed", ended=True, error="its job is not known: the edge "
+                            "was killed before it was submitted, or the session was closed")
+        else:
+            text = f"the job ended before the tunnel was up: it is {job.state}"
+            code = f", exit code {job.exit_code}" if job.exit_code is not None else ""
+            more = f" ({job.message})" if job.message else ""
+            await self._set(record, "failed", ended=True, error=text + code + more)
+
+    async def _set(self, record: TunnelRecord, status: str, *, error: Optional[str] = None,
+                   ended: bool = False) -> None:
+        if (record.status, record.error) == (status, error) and not ended:
+            return
+        record.status, record.error, record.time = status, error, time.time()
+        record.was_active = record.was_active or status == "active"
+        record.ended = ended
+        await self._store(record)
+        self._on_change(record.describe())
+
+    # -- files
+
+    def _path(self, record: TunnelRecord) -> Path:
+        return self._folder / f"{record.edge_name}.json"
+
+    async def _store(self, record: TunnelRecord) -> None:
+        try:
+            await asyncio.to_thread(write_private, self._path(record), record.encode())
+        except OSError as error:                  # true all the same, until the edge is killed
+            log_tunnels.error("%s: cannot be written: %s", self._path(record), error)
+
+    def _load(self) -> List[TunnelRecord]:
+        found = []
+        for path in sorted(self._folder.glob("*.json")):
+            record = TunnelRecord.decode(_read(str(path)))
+            if record is None:
+                log_tunnels.error("%s cannot be read", path)
+            elif record.ended and record.time < time.time() - KEEP_TUNNELS_S:
+                self._unlink(path)
+            else:
+                found.append(record)
+        return found
+
+    def _prepare(self, record: TunnelRecord) -> None:
+        """Write the record and the child's token; delete what an earlier child left. Blocks."""
+        self._unlink(_port_path(record))
+        self._write_token(record)
+        write_private(self._path(record), record.encode())
+
+    def _write_token(self, record: TunnelRecord) -> None:
+        token = self._uplink.find(record.url).token
+        if token:
+            made = make_child_token(token, record.edge_name, int(time.time() + CHILD_TOKEN_S))
+            write_private(tunnels_dir() / f"{record.edge_name}.token", made + "\n")
+
+    async def _renew_token(self, record: TunnelRecord) -> None:
+        while True:
+            await asyncio.sleep(RENEW_S)
+            try:
+                await asyncio.to_thread(self._write_token, record)
+            except (OSError, ValueError, EdgeError) as error:    # the old one is good for weeks
+                log_tunnels.error("%s: its token cannot be renewed: %s", record.edge_name, error)
+
+    def _clean(self, record: TunnelRecord) -> None:
+        self._unlink(_port_path(record))
+        self._unlink(tunnels_dir() / f"{record.edge_name}.token")
+        self._unlink(self._folder / f"{record.edge_name}.ssh")
+
+    def _drop(self, record: TunnelRecord) -> None:
+        self._records.pop(record.edge_name, None)
+        self._live.discard(record.edge_name)
+
+    @staticmethod
+    def _unlink(path: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+
+
+def _port_path(record: TunnelRecord) -> Path:
+    return tunnels_dir() / f"{record.edge_name}.port"
+
+
+# ---------------------------------------------------------------------------
+# 4. psij: jobs. First what a job is, then the local executor and its supervisors, then the batch
 #    systems through psij-python, then session, client and plugin.
 # ---------------------------------------------------------------------------
 
 log_psij = logging.getLogger("radical_edge.psij")
 
 START_S = 5.0                  # a job that takes longer to start is QUEUED when submit answers
-GRACE_S = 5.0                  # between SIGTERM and SIGKILL
 POLL_S = 0.25                  # jobs of an earlier edge process are looked at so often
 QUEUE_POLL_S = 5               # batch queues, by psij-python; its own default is 30
 MAX_TAIL = 4096                # bytes of output in a notification
@@ -641,7 +1434,6 @@ KEEP_JOBS_S = 7 * 86400        # finished jobs whose session is gone are kept so
 
 FINAL_STATES = frozenset(("COMPLETED", "FAILED", "CANCELED"))
 ENDED_STATES = FINAL_STATES | {"UNKNOWN"}        # nothing more will be heard of it, as it seems
-_SECRET_VARIABLES = ("RADICAL_BRIDGE_TOKEN", "RADICAL_BRIDGE_KEY")       # the edge's, not the job's
 
 
 def _is_number(value: Any) -> bool:
@@ -740,6 +1532,11 @@ class Job:
     def is_final(self) -> bool:
         """Whether the state will not change any more."""
         return self.state in FINAL_STATES
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it runs no more, though perhaps nobody knows how it ended."""
+        return self.is_final
 
     def update(self, state: str, *, message: Optional[str] = None, exit_code: Optional[int] = None,
                when: Optional[float] = None) -> bool:
@@ -991,28 +1788,6 @@ report(True, state=reason, exit_code=None if reason == "CANCELED" else code, mes
 '''
 
 
-def process_started(pid: int) -> int:
-    """Return when a process was started, in clock ticks; 0 where that cannot be known."""
-    try:
-        return int(_read(f"/proc/{pid}/stat", 4096).rpartition(")")[2].split()[19])
-    except (ValueError, IndexError):
-        return 0
-
-
-def is_same_process(pid: Optional[int], started: Optional[int]) -> bool:
-    """Whether the process lives and is the one that was started then: numbers are used again."""
-    if not pid:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return False                              # somebody else's: the number was used again
-    state = _read(f"/proc/{pid}/stat", 4096).rpartition(")")[2].split()[:1]
-    return process_started(pid) == (started or 0) and state != ["Z"]
-
-
 class LocalExecutor:
     """Runs jobs on this machine, each under a supervisor that outlives the edge.
 
@@ -1249,11 +2024,6 @@ async def _end_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def _clean_environment() -> Dict[str, str]:
-    """Return the edge's environment without its own secrets."""
-    return {name: value for name, value in os.environ.items() if name not in _SECRET_VARIABLES}
-
-
 def make_local_run(spec: Dict[str, Any], stdout: Path, stderr: Path) -> Dict[str, Any]:
     """Return what the supervisor needs to run a job: command, environment, paths, times.
 
@@ -1378,6 +2148,14 @@ class BatchExecutors:
     async def never_ran(job: Job) -> bool:
         """Nobody knows: the scheduler may have got the job. So it is not submitted again."""
         return False
+
+    async def find_node(self, job: Job) -> str:
+        """Return the first host of a running job. Raises Unavailable while it is not known."""
+        folder = (await asyncio.to_thread(self._get, job.executor)).work_directory
+        nodes = await asyncio.to_thread(_read, str(folder / f"{job.native_id}.nodefile"))
+        if not nodes.split():                     # the job writes it as the first thing
+            raise Unavailable(f"{job.executor} has not said yet on which node the job runs")
+        return nodes.split()[0]
 
     async def forget(self, job: Job) -> None:
         """Delete what is stored of a finished job."""
@@ -1514,9 +2292,36 @@ class PSIJSession(PluginSession):
         even when the edge was killed in between.
         """
         self._check_active()
-        spec = parse_job_spec(job_spec_dict)
+        return await self._submit(self._make_job_id(key), parse_job_spec(job_spec_dict),
+                                  executor_name)
+
+    async def submit_tunneled(self, job_spec_dict: Dict[str, Any], executor_name: str = "local",
+                              tunnel: Any = False, key: Optional[str] = None) -> Dict[str, Any]:
+        """Start an edge as a job, and its tunnel; return {"job_id", "native_id", "edge_name"}.
+
+        tunnel: see parse_tunnel_mode(). key: as for submit_job(). Raises Unprocessable, also
+        without a name for the edge, and Conflict when an edge of this name has been started.
+        """
+        self._check_active()
+        child = make_child(job_spec_dict, tunnel, self._plugin.uplink)
+        spec, job_id = parse_job_spec(child.spec), self._make_job_id(key)
+        await self._plugin.executor(executor_name)               # 422 before anything is written
+        tunnels = self._plugin.tunnels
+        await tunnels.prepare(child, self.sid, job_id)
+        try:
+            answer = await self._submit(job_id, spec, executor_name)
+        except Exception:
+            await tunnels.abandon(child.edge_name)
+            raise
+        tunnels.watch(child.edge_name)
+        return {**answer, "edge_name": child.edge_name}
+
+    def _make_job_id(self, key: Optional[str]) -> str:
+        return str(uuid.uuid5(uuid.UUID(int=0), f"{self.sid} {key}") if key else uuid.uuid4())
+
+    async def _submit(self, job_id: str, spec: Dict[str, Any],
+                      executor_name: str) -> Dict[str, Any]:
         executor = await self._plugin.executor(executor_name)
-        job_id = str(uuid.uuid5(uuid.UUID(int=0), f"{self.sid} {key}") if key else uuid.uuid4())
         known = self._jobs.get(job_id)
         if known is not None and not await executor.never_ran(known):
             return {"job_id": job_id, "native_id": known.native_id}
@@ -1613,6 +2418,24 @@ class PSIJClient(PluginClient):
         return self._get(f"status/{self._require_session()}/{job_id}", stdout_offset=stdout_offset,
                          stderr_offset=stderr_offset)
 
+    def submit_tunneled(self, job_spec: Dict[str, Any], executor: str = "local",
+                        tunnel: Any = False) -> Dict[str, Any]:
+        """Start an edge as a job; return {"job_id", "native_id", "edge_name"}.
+
+        job_spec: its arguments must have -n or --name; without an executable the edge's own Python
+        and radical_edge.py are run. tunnel: how it reaches the bridge: False or "none", True or
+        "reverse", "forward", "relay".
+        """
+        return self._post(f"submit_tunneled/{self._require_session()}",
+                          {"job_spec": job_spec, "executor": executor, "tunnel": tunnel})
+
+    def tunnel_status(self, edge_name: str) -> Dict[str, Any]:
+        """Return {"edge_name", "status", "mode", "port", "pid", "error", "job_id"}; no session.
+
+        status: "pending", "active", "failed", "done" or "no_tunnel".
+        """
+        return self._get(f"tunnel_status/{edge_name}")
+
     def list_jobs(self) -> Dict[str, Any]:
         """Return {"jobs": [...]} of this session."""
         return self._get(f"list_jobs/{self._require_session()}")
@@ -1677,7 +2500,12 @@ class PluginPSIJ(Plugin):
         self._opening = asyncio.Lock()
         self._local: Optional[LocalExecutor] = None
         self._batch: Optional[BatchExecutors] = None
+        self.uplink: Uplink = app.state.uplink
+        self.tunnels = Tunnels(self.state_dir / "tunnels", self.uplink, self._find_job,
+                               self._find_node, self._tell_tunnel)
         self.add_route_post("submit/{sid}", self.submit_job)
+        self.add_route_post("submit_tunneled/{sid}", self.submit_tunneled)
+        self.add_route_get("tunnel_status/{edge_name}", self.tunnel_status)
         self.add_route_get("status/{sid}/{job_id}", self.get_job_status)
         self.add_route_get("list_jobs/{sid}", self.list_jobs)
         self.add_route_post("cancel/{sid}/{job_id}", self.cancel_job)
@@ -1688,16 +2516,22 @@ class PluginPSIJ(Plugin):
         return self.state_dir / "jobs"
 
     async def start(self) -> None:
-        """Delete what finished long ago and whose session is gone."""
-        for executor in await self.executors():
+        """Delete what finished long ago and whose session is gone; go on with the tunnels."""
+        executors = await self.executors()
+        await self.tunnels.open()
+        for executor in executors:
             for job in list(executor.jobs.values()):
                 if job.sid not in self._sessions and job.time < time.time() - KEEP_JOBS_S:
                     await executor.forget(job)
 
     async def stop(self) -> None:
         """Stop watching; the jobs go on."""
+        self.tunnels.close()
         if self._local is not None:
             self._local.close()
+
+    async def on_topology_change(self, edges: Dict[str, Any]) -> None:
+        self.tunnels.on_topology(edges)
 
     async def executors(self) -> Tuple[LocalExecutor, BatchExecutors]:
         """Return both kinds of executors, with the jobs of earlier processes."""
@@ -1727,6 +2561,26 @@ class PluginPSIJ(Plugin):
                                    body.get("job_spec"), body.get("executor", "local"),
                                    request.idempotency_key)
 
+    @repeatable
+    async def submit_tunneled(self, request: Request) -> Any:
+        """Start an edge of {"job_spec", "executor", "tunnel"} as a job; answer {"job_id",
+        "native_id", "edge_name"}."""
+        body = await request.json_object()
+        for name in body:
+            if name not in ("job_spec", "executor", "tunnel"):
+                raise Unprocessable(f"{name}: there is no such field; send job_spec, executor and "
+                                    "tunnel")
+        return await self._forward(request.path_params["sid"], PSIJSession.submit_tunneled,
+                                   body.get("job_spec"), body.get("executor", "local"),
+                                   body.get("tunnel", False), request.idempotency_key)
+
+    async def tunnel_status(self, request: Request) -> Any:
+        """Answer {"edge_name", "status", "mode", "port", "pid", "error", "job_id"}; no session."""
+        name = request.path_params["edge_name"]
+        if not is_valid_name(name):
+            raise Unprocessable("edge_name: must be 1 to 64 letters, digits, '.', '_' or '-'")
+        return self.tunnels.describe(name)
+
     async def get_job_status(self, request: Request) -> Any:
         """Answer a job's state, and its output from ?stdout_offset and ?stderr_offset on."""
         return await self._forward(
@@ -1741,6 +2595,23 @@ class PluginPSIJ(Plugin):
         """End a job; answer {"job_id", "status"}."""
         return await self._forward(request.path_params["sid"], PSIJSession.cancel_job,
                                    request.path_params["job_id"])
+
+    # -- for tunnels
+
+    def _find_job(self, job_id: str) -> Optional[Job]:
+        for executor in (self._local, self._batch):
+            if executor is not None and job_id in executor.jobs:
+                return executor.jobs[job_id]
+        return None
+
+    async def _find_node(self, job: Job) -> str:
+        """Return the first host on which a job runs. Raises Unavailable."""
+        if job.executor == "local":
+            return "localhost"
+        return await self._batch.find_node(job)
+
+    def _tell_tunnel(self, described: Dict[str, Any]) -> None:
+        self._dispatch_notify("tunnel_status", described)
 
 
 # ---------------------------------------------------------------------------

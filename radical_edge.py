@@ -65,13 +65,16 @@ import re
 import secrets
 import select
 import selectors
+import shutil
 import signal
 import socket
 import socketserver
 import ssl
 import stat
 import struct
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -94,9 +97,9 @@ __all__ = [
     "FileResponse", "Forbidden", "Gone", "HTTPException", "JSONResponse", "LengthRequired",
     "MethodNotAllowed", "NotFound", "NotInstalled", "Plugin", "PluginClient", "PluginHost",
     "PluginSession", "ProtocolError", "Request", "Response", "StreamingResponse", "TokenStore",
-    "TooManyRequests", "Unauthorized", "Unavailable", "Unprocessable", "call", "delete", "events",
-    "get", "list_edges", "list_plugins", "main", "note_for_audit", "plugin", "post", "put",
-    "repeatable", "write_private",
+    "TooManyRequests", "Tunnel", "Unauthorized", "Unavailable", "Unprocessable", "Uplink", "call",
+    "delete", "events", "get", "list_edges", "list_plugins", "main", "note_for_audit", "plugin",
+    "post", "put", "repeatable", "write_private",
 ]
 
 log = logging.getLogger("radical_edge")
@@ -2004,14 +2007,24 @@ def _open_tunnel(proxy: BridgeURL, url: BridgeURL) -> socket.socket:
         raise
 
 
-def open_connection(url: BridgeURL, cert: Optional[str]) -> socket.socket:
-    """Return a connected socket to a bridge, through the proxy and TLS it needs, verified. Blocks.
+def open_route(url: BridgeURL) -> socket.socket:
+    """Return a socket that leads to where a bridge listens, without TLS as yet. Blocks.
 
+    Through an HTTP proxy where the environment names one. Raises what open_connection() does.
+    """
+    proxy = find_proxy(url)
+    return _open_tunnel(proxy, url) if proxy else _open_tcp(url)
+
+
+def open_connection(url: BridgeURL, cert: Optional[str],
+                    route: Callable[[BridgeURL], socket.socket] = open_route) -> socket.socket:
+    """Return a connected socket to a bridge, with the TLS it needs, verified. Blocks.
+
+    route: how to get there. Whatever it is, the certificate must be that of the URL's own host.
     Raises OSError (of which SSL errors are a kind), ProtocolError or ValueError.
     """
     context, pin = client_tls(cert) if url.tls else (None, None)
-    proxy = find_proxy(url)
-    sock = _open_tunnel(proxy, url) if proxy else _open_tcp(url)
+    sock = route(url)
     try:
         if context is not None:
             sock = context.wrap_socket(sock, server_hostname=url.host)
@@ -2037,13 +2050,14 @@ class Refused(Exception):
         self.retry_after = fields.get("retry-after", "")
 
 
-def open_websocket(url: BridgeURL, token: Optional[str],
-                   cert: Optional[str]) -> Tuple[socket.socket, bytes]:
+def open_websocket(url: BridgeURL, token: Optional[str], cert: Optional[str],
+                   route: Callable[[BridgeURL], socket.socket] = open_route
+                   ) -> Tuple[socket.socket, bytes]:
     """Return (socket, first bytes) of a WebSocket to a bridge's /register. Blocks.
 
     Raises what open_connection() raises, and Refused when the bridge answers anything but 101.
     """
-    sock = open_connection(url, cert)
+    sock = open_connection(url, cert, route)
     try:
         key = base64.b64encode(os.urandom(16)).decode()
         host = url.origin.partition("://")[2]
@@ -2176,6 +2190,31 @@ def is_valid_name(name: Any) -> bool:
     return isinstance(name, str) and NAME_PATTERN.fullmatch(name) is not None
 
 
+CHILD_TOKEN = "child"          # what a token begins with that an edge made for a child of its own
+
+
+def make_child_token(token: str, edge_name: str, expires: int) -> str:
+    """Return a token that registers one edge alone, as long as `token`, which it is made from.
+
+    No bridge need be asked: like a cookie, it is signed with the hash of the first, which does not
+    follow from it. expires: seconds since the epoch. Raises ValueError for a child's own token.
+    """
+    if token.startswith(CHILD_TOKEN + "~"):
+        raise ValueError("this edge has a token for itself alone: to start others, it needs one of "
+                         "its own (--token add NAME --scope edge)")
+    token_hash = _digest(token)
+    signed = f"{CHILD_TOKEN}~{_token_id(token_hash)}~{edge_name}~{expires}"
+    return f"{signed}~{_sign_child(token_hash, signed)}"
+
+
+def _token_id(token_hash: str) -> str:
+    return hashlib.sha256(f"id of {token_hash}".encode()).hexdigest()[:16]
+
+
+def _sign_child(token_hash: str, signed: str) -> str:
+    return hmac.new(token_hash.encode(), signed.encode(), hashlib.sha256).hexdigest()
+
+
 class TokenStore:
     """The tokens that a bridge knows: hashes, in a file that only its owner can read.
 
@@ -2208,6 +2247,8 @@ class TokenStore:
 
     def find(self, token: str) -> Optional[Identity]:
         """Return who the token belongs to; None when it is unknown, revoked or expired."""
+        if token.startswith(CHILD_TOKEN + "~"):
+            return self._find_child(token)
         digest = _digest(token)
         # a hash's prefix tells nothing of the token; the whole is compared in constant time
         for record in self._by_prefix.get(digest[:8], ()):
@@ -2265,6 +2306,21 @@ class TokenStore:
         self.refresh()
         return [{key: record.get(key) for key in ("name", "scope", "edges", "created", "expires")}
                 for record in self._records]
+
+    def _find_child(self, token: str) -> Optional[Identity]:
+        """Return who a token of make_child_token() is: its maker, for registering that edge."""
+        signed, _, signature = token.rpartition("~")
+        _, key, edge_name, expires = [*signed.split("~"), "", "", ""][:4]
+        if not is_valid_name(edge_name) or not re.fullmatch("[0-9]{1,12}", expires) or \
+                int(expires) <= time.time():
+            return None
+        for record in self._records + self._fixed:
+            if _token_id(record["hash"]) == key and hmac.compare_digest(
+                    _sign_child(record["hash"], signed).encode(), signature.encode()):
+                maker = self._identity(record)
+                if maker and maker.may("register") and fnmatch.fnmatchcase(edge_name, maker.edges):
+                    return Identity(maker.name, Scope.EDGE, edge_name)
+        return None
 
     def _set(self, records: List[Dict[str, Any]]) -> None:
         by_prefix: Dict[str, List[Dict[str, Any]]] = {}
@@ -2610,8 +2666,36 @@ def default_bridge() -> Tuple[str, Optional[str]]:
 
 
 def default_token() -> Optional[str]:
-    """Return the token: RADICAL_BRIDGE_TOKEN, or ~/.radical/edge/token; None without either."""
-    return os.environ.get("RADICAL_BRIDGE_TOKEN") or read_private(home_dir() / "token") or None
+    """Return the token: RADICAL_BRIDGE_TOKEN, or what is in the file RADICAL_BRIDGE_TOKEN_FILE or
+    else ~/.radical/edge/token; None without any."""
+    path = os.environ.get("RADICAL_BRIDGE_TOKEN_FILE") or home_dir() / "token"
+    return os.environ.get("RADICAL_BRIDGE_TOKEN") or read_private(Path(path)) or None
+
+
+class Uplink:
+    """How an edge gets to its bridges, for its own links and for what it starts elsewhere.
+
+    urls: of the bridges; None is what the environment or ~/.radical/edge says at the time.
+    token: None to look it up again each time. route: instead of straight on or through a proxy.
+    """
+
+    def __init__(self, urls: Iterable[Optional[str]] = (None,), token: Optional[str] = None,
+                 cert: Optional[str] = None,
+                 route: Optional[Callable[[BridgeURL], socket.socket]] = None) -> None:
+        self.urls = list(urls)
+        self._token, self._cert, self._route = token, cert, route
+
+    def find(self, text: Optional[str]) -> Target:
+        """Return the bridge of this URL, with today's token; raises as find_bridge() does."""
+        return find_bridge(text, self._token, self._cert)
+
+    def open_route(self, url: BridgeURL) -> socket.socket:
+        """Return a socket that leads to where a bridge listens. Blocks; raises as open_route()."""
+        return (self._route or open_route)(url)
+
+    def is_direct(self, url: BridgeURL) -> bool:
+        """Whether other programs of this machine can simply connect to the bridge."""
+        return self._route is None and find_proxy(url) is None
 
 
 # ---------------------------------------------------------------------------
@@ -4773,17 +4857,19 @@ class PluginHost:
 
     name: the edge's name. notify(plugin, topic, data) and changed() are called on any thread; what
     notify() returns is returned by notify() here. once: None to run again what is sent again.
+    uplink: the way to the bridge, for plugins that start edges; the default is this machine's own.
     """
 
     def __init__(self, name: str, role: str, state_dir: Path, *, bridge_url: str = "",
                  notify: Callable[[str, str, Any], Optional[WhenSafe]],
                  changed: Callable[[], None], once: Optional[OnceStore] = None,
-                 audit: Optional[AuditLog] = None) -> None:
+                 audit: Optional[AuditLog] = None, uplink: Optional[Uplink] = None) -> None:
         self.name, self._once, self._audit = name, once, audit
         self._notify, self._changed = notify, changed
         self._state_dir = state_dir
         state = types.SimpleNamespace(edge_name=name, role=role, state_dir=state_dir,
-                                      bridge_url=bridge_url, edge_service=self)
+                                      bridge_url=bridge_url, edge_service=self,
+                                      uplink=uplink or Uplink())
         self.app = types.SimpleNamespace(state=state)
         self._lock = threading.Lock()             # guards changes of _hosted
         self._hosted: Dict[str, _Hosted] = {}     # replaced as a whole: readers need no lock
@@ -5200,6 +5286,236 @@ def default_edge_name() -> str:
     """Return this host's short name."""
     name = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname().partition(".")[0])
     return name if is_valid_name(name) and name not in RESERVED_NAMES else "edge-1"
+
+
+TUNNEL_MODES = ("none", "reverse", "forward", "relay")
+TUNNEL_WAIT_S = 20.0           # one attempt to connect waits so long for the tunnel to be opened
+RELAY_NONCE = 32               # bytes that a relay sends first; the answer is as long
+SSH_OPTIONS = [                # host keys are checked as the user has configured it
+    "-N", "-T", "-a", "-x", "-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes",
+    "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3", "-o", "ConnectTimeout=20",
+    "-o", "ControlMaster=no", "-o", "ControlPath=none", "-o", "LogLevel=INFO",
+    "-o", "PermitLocalCommand=no", "-o", "StreamLocalBindUnlink=yes"]
+_SSH_HOST = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]{0,63}@)?"
+                       r"([A-Za-z0-9_][A-Za-z0-9._-]{0,254}|[0-9A-Fa-f:]{2,45})")
+
+
+class PortFile(NamedTuple):
+    """What a parent edge tells its child: on which port the tunnel is, and of a relay where."""
+    port: int
+    secret: str = ""
+    hosts: Tuple[str, ...] = ()
+
+
+def encode_port_file(content: PortFile) -> str:
+    """Return the text of a port file: the port, and for a relay its secret and hosts below it."""
+    lines = [str(content.port), *([content.secret, *content.hosts] if content.secret else ())]
+    return "\n".join(lines) + "\n"
+
+
+def parse_port_file(text: str) -> PortFile:
+    """Return what encode_port_file() was given. Raises ValueError."""
+    port, secret, *hosts = [*text.split("\n"), "", ""][:10]
+    hosts = [host for host in hosts if host]
+    if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536 or \
+            not re.fullmatch("[0-9a-f]{64}|", secret) or not all(map(is_ssh_host, hosts)):
+        raise ValueError("this is no port file")
+    return PortFile(int(port), secret, tuple(hosts))
+
+
+def is_ssh_host(text: Any) -> bool:
+    """Whether `text` is [user@]host, and nothing that ssh would take for an option."""
+    return isinstance(text, str) and _SSH_HOST.fullmatch(text) is not None
+
+
+def tunnels_dir() -> Path:
+    """Return ~/.radical/edge/tunnels, where parents and children find each other's files."""
+    return home_dir() / "tunnels"
+
+
+def answer_relay(secret: str, nonce: bytes) -> bytes:
+    """Return what proves to a relay that we know its secret, without telling it."""
+    return hmac.new(secret.encode(), b"radical-edge relay " + nonce, hashlib.sha256).digest()
+
+
+def forward_option(url: BridgeURL) -> str:
+    """Return where a tunnel ends, as the last two fields of ssh's -L and -R."""
+    return f"[{url.host}]:{url.port}" if ":" in url.host else f"{url.host}:{url.port}"
+
+
+class Tunnel:
+    """A child edge's way to its bridge by way of its parent's host.
+
+    mode: "reverse" (the parent's ssh listens here), "forward" (our ssh to `via`) or "relay" (the
+    parent itself listens there). via: [user@]host; the default is where the job was submitted. TLS
+    and the token go end to end: what is in between moves bytes. Its methods block; any thread.
+    """
+
+    def __init__(self, mode: str, edge_name: str, via: Optional[str],
+                 stopping: threading.Event) -> None:
+        via = via or os.environ.get("PBS_O_HOST") or os.environ.get("SLURM_SUBMIT_HOST")
+        if mode == "forward" and not via:
+            raise ValueError("--tunnel forward needs the login node: give --tunnel-via HOST")
+        if via and not is_ssh_host(via):
+            raise ValueError(f"--tunnel-via {via!r}: give a host, or user@host")
+        self._mode, self._via, self._stopping = mode, via, stopping
+        self._path = tunnels_dir() / f"{edge_name}.port"
+        self._open = {"reverse": self._open_reverse, "forward": self._open_forward,
+                      "relay": self._open_relay}[mode]
+        self._lock = threading.Lock()
+        self._forwards: Dict[str, _SshForward] = {}              # by URL; guarded by _lock
+
+    def check(self, urls: List[BridgeURL]) -> None:
+        """Raise ValueError when these bridges cannot be reached in this mode."""
+        if self._mode != "forward" and len(urls) > 1:
+            raise ValueError(f"--tunnel {self._mode} leads to one bridge: give one --url")
+        if self._mode == "relay" and not urls[0].tls and \
+                os.environ.get("RADICAL_BRIDGE_INSECURE") != "1":
+            raise ValueError("--tunnel relay would carry the token unencrypted: it needs a bridge "
+                             "with TLS (https://), or --insecure if the network is your own")
+
+    def open(self, url: BridgeURL) -> socket.socket:
+        """Return a socket that leads to where the bridge listens, without TLS as yet.
+
+        Raises OSError when there is no tunnel, also after waiting for it.
+        """
+        sock = self._open(url)
+        sock.settimeout(HANDSHAKE_S)
+        return sock
+
+    def close(self) -> None:
+        """End our ssh, if there is one."""
+        with self._lock:
+            forwards, self._forwards = self._forwards, {}
+        for forward in forwards.values():
+            forward.close()
+
+    def _open_reverse(self, _url: BridgeURL) -> socket.socket:
+        return self._connect("127.0.0.1", self._wait_for_port().port)
+
+    def _open_relay(self, _url: BridgeURL) -> socket.socket:
+        content = self._wait_for_port()
+        hosts = [*content.hosts, self._via.rpartition("@")[2]] if self._via else content.hosts
+        error: OSError = NotSent(f"{self._path} names no host: give --tunnel-via HOST")
+        for host in dict.fromkeys(hosts):
+            try:
+                sock = self._connect(host, content.port)
+            except OSError as caught:
+                error = NotSent(f"the relay at {host}:{content.port}: {explain(caught)}")
+                continue
+            return _enter_relay(sock, content.secret)
+        raise error
+
+    def _open_forward(self, url: BridgeURL) -> socket.socket:
+        with self._lock:
+            if self._stopping.is_set():
+                raise NotSent("the edge ends")
+            forward = self._forwards.get(str(url))
+            if forward is None:
+                forward = self._forwards[str(url)] = _SshForward(self._via or "", url)
+        return forward.connect(self._stopping)
+
+    @staticmethod
+    def _connect(host: str, port: int) -> socket.socket:
+        return _open_tcp(BridgeURL(False, host, port, ""))
+
+    def _wait_for_port(self) -> PortFile:
+        """Return the port file's content once the parent has written it."""
+        end = time.monotonic() + TUNNEL_WAIT_S
+        while time.monotonic() < end and not self._stopping.is_set():
+            text = read_private(self._path)
+            if text is not None:
+                try:
+                    return parse_port_file(text)
+                except ValueError as error:
+                    raise NotSent(f"{self._path}: {error}") from None
+            self._stopping.wait(0.2)
+        raise NotSent(f"the parent edge has not opened the tunnel yet: there is no {self._path}")
+
+
+def _enter_relay(sock: socket.socket, secret: str) -> socket.socket:
+    """Answer a relay's challenge; return the socket, from now on the bridge's."""
+    try:
+        nonce = _recv_exactly(sock, RELAY_NONCE)
+        sock.sendall(answer_relay(secret, nonce))
+        if _recv_exactly(sock, 1) != b"+":
+            raise NotSent("the parent edge cannot reach the bridge")
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _recv_exactly(sock: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        piece = sock.recv(size - len(data))
+        if not piece:
+            raise NotSent("the relay refused us: is there a new port file?")
+        data += piece
+    return data
+
+
+class _SshForward:
+    """One `ssh -L` to the login node, started anew when it has ended. Any thread."""
+
+    def __init__(self, via: str, url: BridgeURL) -> None:
+        self._via, self._url = via, url
+        self._lock = threading.Lock()
+        # a socket that only its owner can use, in a directory of this node: no port to race for
+        self._folder = Path(tempfile.mkdtemp(prefix="radical-edge-"))
+        self._socket = self._folder / "bridge"
+        self._process: Optional["subprocess.Popen[bytes]"] = None     # guarded by _lock
+
+    def connect(self, stopping: threading.Event) -> socket.socket:
+        """Return a socket into the tunnel. Raises NotSent with ssh's own words."""
+        process = self._ensure()
+        end = time.monotonic() + TUNNEL_WAIT_S + 5               # ConnectTimeout, and some more
+        while process.poll() is None and time.monotonic() < end and not stopping.is_set():
+            sock = socket.socket(socket.AF_UNIX)
+            try:
+                sock.settimeout(HANDSHAKE_S)
+                sock.connect(str(self._socket))
+                return sock
+            except OSError:                       # ssh has not signed in yet
+                sock.close()
+                stopping.wait(0.1)
+        said = self._log_tail()
+        raise NotSent(f"ssh to {self._via}: {said or 'no connection yet'}")
+
+    def close(self) -> None:
+        """End ssh and delete what is left of it."""
+        with self._lock:
+            process, self._process = self._process, None
+        if process is not None and process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(STOP_S / 2)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        shutil.rmtree(self._folder, True)
+
+    def _ensure(self) -> "subprocess.Popen[bytes]":
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                edge_log.info("%s: ssh -L by way of %s", self._url, self._via)
+                with contextlib.suppress(FileNotFoundError):
+                    self._socket.unlink()
+                # of our own process group: it ends with the job
+                with open(self._folder / "log", "wb") as trouble:
+                    self._process = subprocess.Popen(
+                        ["ssh", *SSH_OPTIONS, "-L", f"{self._socket}:{forward_option(self._url)}",
+                         "--", self._via],
+                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=trouble)
+            return self._process
+
+    def _log_tail(self) -> str:
+        try:
+            lines = (self._folder / "log").read_text(errors="replace")[-2000:].split("\n")
+        except OSError:
+            return ""
+        return "; ".join(line.strip() for line in lines[-4:] if line.strip())
 
 
 class LinkState(enum.Enum):
@@ -5630,13 +5946,14 @@ class Edge:
     urls: of the bridges; the default is what the environment or ~/.radical/edge names.
     plugins: names or prefixes, None for all that work here. cert: see client_tls().
     token: None to look it up again at each connect. state_dir: where sessions and jobs are kept.
+    tunnel, via: how to reach the bridge where that takes a login node; see Tunnel.
     on_end: called, on any thread, when the bridge tells the edge to end; then call stop().
     """
 
     def __init__(self, urls: Union[str, Iterable[str], None] = None, name: Optional[str] = None, *,
                  plugins: Optional[Iterable[str]] = None, token: Optional[str] = None,
                  cert: Optional[str] = None, state_dir: Optional[Path] = None,
-                 heartbeat: float = HEARTBEAT_S,
+                 heartbeat: float = HEARTBEAT_S, tunnel: str = "none", via: Optional[str] = None,
                  on_end: Optional[Callable[[], None]] = None) -> None:
         self.name = name or default_edge_name()
         if not is_valid_name(self.name) or self.name in RESERVED_NAMES:
@@ -5644,10 +5961,15 @@ class Edge:
                              f"'-', and none of {', '.join(sorted(RESERVED_NAMES))}")
         urls = urls or os.environ.get("RADICAL_BRIDGE_URL") or ()
         texts = urls.split(",") if isinstance(urls, str) else list(urls)
+        self.ended = threading.Event()            # set when the edge was told to end, or stop() ran
+        self._tunnel = None if tunnel == "none" else Tunnel(tunnel, self.name, via,
+                                                            self.ended)
         # None: whatever ~/.radical/edge says at the time, for the bridge may be started later
-        self._urls = [text.strip() for text in texts] or [None]
-        self._token, self._cert = token, cert
-        first = [find_bridge(text, token, cert) for text in self._urls][0]   # mistakes show at once
+        self.uplink = Uplink([text.strip() for text in texts] or [None], token, cert,
+                             self._tunnel.open if self._tunnel else None)
+        known = [self.uplink.find(text) for text in self.uplink.urls]        # mistakes show at once
+        if self._tunnel is not None:
+            self._tunnel.check([target.url for target in known])
         self.heartbeat = heartbeat
         self._wanted = list(plugins) if plugins is not None else None
         self._state_dir = Path(state_dir or home_dir() / "state" / self.name)
@@ -5655,7 +5977,6 @@ class Edge:
         self._transport = LoopThread("edge-transport")
         self._links: List[_BridgeLink] = []       # the transport loop's
         self._stop: Optional[asyncio.Event] = None               # the transport loop's
-        self.ended = threading.Event()            # set when the edge was told to end, or stop() ran
         self._on_end = on_end
         self.online = threading.Event()           # set after the first registration
         self.journal = Journal(self._state_dir / "notifications", max_records=MAX_UNSENT_EVENTS,
@@ -5663,9 +5984,9 @@ class Edge:
         self._lock = StateLock(self._state_dir, self.request_stop)
         self._once = OnceStore(self._state_dir / "once")
         self.audit = AuditLog(self._state_dir / "audit.jsonl")
-        self.host = PluginHost(self.name, ROLE_EDGE, self._state_dir, bridge_url=str(first.url),
+        self.host = PluginHost(self.name, ROLE_EDGE, self._state_dir, bridge_url=str(known[0].url),
                                notify=self._notify, changed=self._on_plugins_changed,
-                               once=self._once, audit=self.audit)
+                               once=self._once, audit=self.audit, uplink=self.uplink)
 
     @property
     def stopping(self) -> bool:
@@ -5698,6 +6019,8 @@ class Edge:
             self._transport.submit(self._close_links()).result(STOP_S)
         clean = self.host.stop()
         self.workers.stop()
+        if self._tunnel is not None:
+            self._tunnel.close()
         self.journal.close()
         self._once.close()
         self.audit.close()
@@ -5723,8 +6046,8 @@ class Edge:
 
     def dial(self, text: Optional[str]) -> Tuple[BridgeURL, socket.socket, bytes]:
         """Return the bridge's URL and what open_websocket() does, with today's token. Blocks."""
-        target = find_bridge(text, self._token, self._cert)
-        return (target.url, *open_websocket(*target))
+        target = self.uplink.find(text)
+        return (target.url, *open_websocket(*target, self.uplink.open_route))
 
     async def wait_stopping(self, seconds: float) -> None:
         """Wait, but not longer than until the edge stops."""
@@ -5743,7 +6066,7 @@ class Edge:
 
     async def _start_links(self) -> None:
         self._stop = asyncio.Event()
-        self._links = [_BridgeLink(self, url) for url in self._urls]
+        self._links = [_BridgeLink(self, url) for url in self.uplink.urls]
         self._tasks = [asyncio.ensure_future(link.run()) for link in self._links]
 
     async def _close_links(self) -> None:
@@ -8836,11 +9159,13 @@ Run:       --bridge  --edge        the meeting point; plugins on this machine; o
   --url URL[,URL]                  the bridge's address                  [RADICAL_BRIDGE_URL]
   --cert FILE|sha256:HEX           trust it; of a bridge: its own        [RADICAL_BRIDGE_CERT]
   --key FILE                       a bridge's private key                [RADICAL_BRIDGE_KEY]
-  --name NAME                      of the edge                           [this host's name]
+  -n, --name NAME                  of the edge                           [this host's name]
   -p, --plugins NAME,...           plugins to serve, by name or prefix   [all that work]
   --plugin-file FILE               load plugins from a file (may be repeated)
   --host HOST  --port PORT         where a bridge listens                [127.0.0.1:{DEFAULT_PORT}]
   --allow-host NAME                another name of the bridge, for browsers (may be repeated)
+  --tunnel none|reverse|forward|relay   of an edge that an edge started: how to reach the bridge
+  --tunnel-via HOST                ... by way of this login node         [where it was submitted]
   --state DIR                      where sessions and jobs are kept      [~/.radical/edge/state]
   --request-timeout S              the longest request                   [{REQUEST_S:.0f}]
   --heartbeat S                    between pings                         [{HEARTBEAT_S:.0f}]
@@ -8852,7 +9177,8 @@ Ask:       --list                  edges and plugins
   --events [EDGE/PLUGIN/TOPIC]     print events, one JSON object a line
   --check                          say, line by line, what works, and what to do about the rest
 Tokens:    --token add NAME [--scope admin|client|read|edge] [--expires 30d] [--edges PATTERN]
-           --token list | --token revoke NAME                            [RADICAL_BRIDGE_TOKEN]
+           --token list | --token revoke NAME       [RADICAL_BRIDGE_TOKEN, or its file's name in
+                                                     RADICAL_BRIDGE_TOKEN_FILE]
 Other:     --log-level LEVEL [RADICAL_LOG_LVL]   --log json   --version   -h, --help
 """
 
@@ -8872,9 +9198,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="radical_edge", allow_abbrev=False)
     for flag in ("--bridge", "--edge", "--list", "--check", "--insecure", "--no-auth"):
         parser.add_argument(flag, action="store_true")
-    for flag in ("--url", "--cert", "--key", "--name", "--state", "--host", "--scope", "--expires",
-                 "--edges", "--log-level"):
+    for flag in ("--url", "--cert", "--key", "--state", "--host", "--scope", "--expires",
+                 "--edges", "--log-level", "--tunnel-via"):
         parser.add_argument(flag)
+    parser.add_argument("-n", "--name")
+    # "--tunnel" alone is what edges of radical.edge 0.x give to their children
+    parser.add_argument("--tunnel", nargs="?", const="reverse", default="none",
+                        choices=TUNNEL_MODES)
     parser.add_argument("--port", type=int, default=DEFAULT_PORT)
     parser.add_argument("-p", "--plugins")
     for flag in ("--plugin-file", "--allow-host", "--limit"):
@@ -9102,7 +9432,8 @@ def _start_edge(options: argparse.Namespace, token: Optional[str], services: Lis
     wanted = options.plugins.split(",") if options.plugins else None
     name = options.name or default_edge_name()
     edge = Edge(url, name, plugins=wanted, token=token, cert=cert, heartbeat=options.heartbeat,
-                state_dir=_state_dir(options, name), on_end=None if services else done.set)
+                state_dir=_state_dir(options, name), tunnel=options.tunnel,
+                via=options.tunnel_via, on_end=None if services else done.set)
     edge.start()
     print(f"edge: {edge.name}, with {', '.join(sorted(edge.host.describe())) or 'no plugins'}",
           flush=True)
@@ -9273,7 +9604,6 @@ def _check_plugins(options: argparse.Namespace) -> bool:
     for path in options.plugin_file:
         load_plugin_file(path)
     load_entry_points()
-    import tempfile                               # here: only the doctor needs it
     with tempfile.TemporaryDirectory() as scratch:
         host = PluginHost("check", ROLE_EDGE, Path(scratch), notify=lambda *_: None,
                           changed=lambda: None)
