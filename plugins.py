@@ -3,6 +3,7 @@
     1. sysinfo    the machine: CPU, memory, disks, network, GPUs
     3. tunnels    edges that an edge starts, where only it can reach the bridge
     4. psij       jobs: a local executor of our own, and the batch systems through psij-python
+    6. rhapsody   tasks: a local backend of our own, and the backends of rhapsody-py
     7. lucid      pilots and tasks through RADICAL-Pilot, which runs in a child process
 
 Optional packages are imported where they are needed, and a plugin that lacks one says so.
@@ -10,15 +11,26 @@ Optional packages are imported where they are needed, and a plugin that lacks on
 from __future__ import annotations
 
 import asyncio
+import base64
 import codecs
+import collections
+import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import datetime
+import errno
+import functools
+import hashlib
 import hmac
+import importlib
+import importlib.util
+import inspect
 import ipaddress
 import itertools
 import json
 import logging
+import mmap
 import os
 import random
 import re
@@ -29,24 +41,29 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import traceback
 import uuid
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Set, Tuple
+from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set,
+                    Tuple, Union)
 
 import radical_edge
-from radical_edge import (RELAY_NONCE, RESERVED_NAMES, SSH_OPTIONS, TUNNEL_MODES, BridgeURL,
-                          Conflict, DeadlineExceeded, EdgeError, LoopThread, NotFound, NotInstalled,
-                          Plugin, PluginClient, PluginSession, PortFile, ProtocolError, Request,
-                          Target, TooManyRequests, Unavailable, Unprocessable, Uplink, Workers,
-                          answer_relay, encode_port_file, forward_option, is_ssh_host,
-                          is_valid_name, make_child_token, parse_bridge_url, repeatable,
+from radical_edge import (BadRequest, BridgeURL, Conflict, DeadlineExceeded, EdgeError, Forbidden,
+                          LoopThread, NotFound, NotInstalled, Plugin, PluginClient, PluginSession,
+                          PortFile, ProtocolError, RELAY_NONCE, RESERVED_NAMES, Request, Response,
+                          SSH_OPTIONS, TUNNEL_MODES, Target, TooManyRequests, Unavailable,
+                          Unprocessable, Uplink, Workers, answer_relay, encode_json,
+                          encode_port_file, forward_option, is_ssh_host, is_valid_name,
+                          make_child_token, parse_bridge_url, parse_msgpack, repeatable,
                           tunnels_dir, write_private)
 
 __all__ = ["LocalExecutor", "LucidClient", "LucidSession", "PSIJClient", "PSIJSession",
-           "PilotChild", "PluginLucid", "PluginPSIJ", "PluginSysInfo", "Relay", "ReverseSSH",
-           "SysInfoClient", "SysInfoProvider", "SysInfoSession", "Tunnels"]
+           "PilotChild", "PluginLucid", "PluginPSIJ", "PluginRhapsody", "PluginSysInfo", "Relay",
+           "ReverseSSH", "RhapsodyClient", "RhapsodySession", "SysInfoClient", "SysInfoProvider",
+           "SysInfoSession", "Tunnels", "decode_return"]
 
 # ---------------------------------------------------------------------------
 # 1. sysinfo: what the machine is and how busy it is. Parsers turn text into values; the provider
@@ -1459,6 +1476,8 @@ _KINDS: Dict[str, Tuple[str, Callable[[Any], bool]]] = {
                     all(_is_text(key) and key and "=" not in key and
                         (_is_text(item) or _is_number(item)) for key, item in value.items())),
     "object": ("an object", lambda value: isinstance(value, dict)),
+    "list": ("a list", lambda value: isinstance(value, list)),
+    "number": ("a number", _is_number),
 }
 _SPEC_FIELDS = {
     "executable": "text", "arguments": "texts", "directory": "text", "name": "text",
@@ -2612,6 +2631,2894 @@ class PluginPSIJ(Plugin):
 
     def _tell_tunnel(self, described: Dict[str, Any]) -> None:
         self._dispatch_notify("tunnel_status", described)
+
+
+# ---------------------------------------------------------------------------
+# 6. rhapsody: tasks. First what a task is; then the task host, a process that runs the tasks of one
+#    session on one backend and outlives the edge; then the edge's end of it, session, client and
+#    plugin. The host alone writes a backend's log while it lives; the session owns the table of
+#    tasks.
+# ---------------------------------------------------------------------------
+
+log_tasks = logging.getLogger("radical_edge.rhapsody")
+
+MAX_TASKS = 200_000            # of one session; a new session may have as many again
+MAX_LISTED = 10_000            # tasks in one answer of list_tasks
+MAX_RETURN = 4 * 1024 * 1024   # bytes of a function's return value, as it is sent
+MAX_EVENT = 64 * 1024          # bytes of a task's end that are told; more is fetched with `task`
+MAX_REPLY = 8 * 1024 * 1024    # bytes of return values in one answer of `wait`
+MAX_ERROR = 2048               # characters of an error's text
+MAX_TRACEBACK = 16 * 1024      # characters
+MAX_OUTPUT_TAIL = 64 * 1024    # bytes of stdout and of stderr in an answer of `task`
+MAX_HOST_LINE = 128 * 1024 * 1024   # bytes of a message between edge and task host
+MAX_BATCH = 8 * 1024 * 1024    # bytes of a request with tasks, as the client cuts them
+UIDS_IN_BATCH = 8192           # tasks in a request, as the client cuts them
+NOTIFY_WINDOW_S = 0.25         # the ends of tasks within so long are told together
+NOTIFY_ITEMS = 1024            # or so many of them
+NOTIFY_BYTES = 512 * 1024      # or so many bytes
+TURN_S = 0.005                 # a host reports so often; what began and ended within is told once
+WAIT_S = 20.0                  # the client asks again so often while it waits
+HOST_START_S = 30.0            # a host's process must be there within so long
+BACKEND_START_S = 300.0        # and its backend ready; pilots wait in queues
+HOST_CALL_S = 60.0             # a host must answer within so long
+CLOSE_S = 15.0                 # a backend has so long to close in good order
+IMPORT_S = 30.0                # a function's module must be imported within so long
+FIRST_EDGE_S = 60.0            # a host that no edge has found by then ends
+
+TASK_FINAL_STATES = frozenset(("DONE", "FAILED", "CANCELED", "COMPLETED"))
+LOCAL_BACKEND = "local"
+BACKEND_ALIASES = {"dragon_v3": "dragon"}
+PICKLED = "cloudpickle::"      # a field that is a pickle begins with it; base64 follows
+EDGE_RESTART = "edge_restart"  # the reason of tasks that ended with their host, nobody saw how
+
+_UID_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@+-]{0,127}")
+_FUNCTION_PATTERN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_HOST_MARK = "RADICAL_EDGE_TASKS"     # in the environment of a host and all that it starts
+_TASK_MARK = "RADICAL_EDGE_TASK"      # in that of one task
+
+_TASK_FIELDS = {
+    "uid": "text", "executable": "text", "arguments": "texts", "function": "text", "args": "list",
+    "kwargs": "object", "backend": "text", "name": "text", "timeout": "seconds", "cwd": "text",
+    "env": "environment", "ranks": "count", "capture_stdio": "flag", "input_files": "list",
+    "output_files": "list", "metadata": "object", "task_backend_specific_kwargs": "object",
+    "_pickled_fields": "texts"}
+_AI_FIELDS = {
+    "prompt": "text", "model": "text", "inference_endpoint": "text", "system_prompt": "text",
+    "temperature": "number", "max_tokens": "count", "top_p": "number", "top_k": "count",
+    "stop_sequences": "texts"}
+# what a task object of rhapsody-py has beside its description
+_RESULT_FIELDS = frozenset(("state", "stdout", "stderr", "exit_code", "return_value", "response",
+                            "exception", "task_type", "future", "_future"))
+
+
+class TaskPolicy(NamedTuple):
+    """What an edge allows of tasks."""
+    allow_pickle: bool
+    backends: Tuple[str, ...]                     # of the session; the first is the default
+
+
+def parse_task(value: Any, policy: TaskPolicy, where: str) -> Dict[str, Any]:
+    """Return a task's description, checked; `cwd` and `env` stand where backends look for them.
+
+    where: how errors call the task. Raises Unprocessable, which names the field, and Forbidden for
+    a pickle where they are not allowed.
+    """
+    if not isinstance(value, dict):
+        raise Unprocessable(f"{where}: must be an object")
+    given = {name: item for name, item in value.items()
+             if item is not None and name not in _RESULT_FIELDS}
+    pickled = _find_pickled(given, policy, where)
+    plain = {name: item for name, item in given.items() if name not in pickled}
+    task = {**_check_fields(plain, {**_TASK_FIELDS, **_AI_FIELDS}, where, f"{where}."), **pickled}
+    _check_kind(task, where)
+    backend = task.get("backend", policy.backends[0])
+    task["backend"] = BACKEND_ALIASES.get(backend, backend)
+    if task["backend"] not in policy.backends:
+        raise Unprocessable(f"{where}.backend: {backend[:80]!r} is not of this session, which has "
+                            f"{', '.join(policy.backends)}")
+    _move_place(task, where)
+    _refuse_for_backend(task, where)
+    return task
+
+
+def _find_pickled(task: Dict[str, Any], policy: TaskPolicy, where: str) -> Dict[str, str]:
+    """Return the fields that are pickles."""
+    names = {name for name in ("function", "args", "kwargs")
+             if isinstance(task.get(name), str) and task[name].startswith(PICKLED)}
+    listed = task.get("_pickled_fields", [])
+    if isinstance(listed, list) and set(map(str, listed)) - names:
+        raise Unprocessable(f"{where}._pickled_fields: names fields that do not begin with "
+                            f"{PICKLED!r}")
+    if names and not policy.allow_pickle:
+        raise Forbidden(f"{where}.{sorted(names)[0]}: pickled function tasks are disabled on this "
+                        "edge, for a pickle is remote code. Name the function, as in "
+                        "'package.module:function', or start the edge with --allow-pickle")
+    return {name: task[name] for name in names}
+
+
+def _check_kind(task: Dict[str, Any], where: str) -> None:
+    kinds = [name for name in ("executable", "function", "prompt") if task.get(name)]
+    if len(kinds) != 1:
+        raise Unprocessable(f"{where}: give one of executable and function" if not kinds else
+                            f"{where}.{kinds[1]}: a task has either this or {kinds[0]}")
+    foreign = {"executable": ("args", "kwargs"), "function": ("arguments",),
+               "prompt": ("args", "kwargs", "arguments")}[kinds[0]]
+    for name in foreign:
+        if task.get(name):
+            raise Unprocessable(f"{where}.{name}: does not go with {kinds[0]}")
+    function = task.get("function", "")
+    if function and not function.startswith(PICKLED) and not _FUNCTION_PATTERN.fullmatch(function):
+        raise Unprocessable(f"{where}.function: {function[:80]!r} is not like "
+                            "'package.module:function'")
+
+
+def _move_place(task: Dict[str, Any], where: str) -> None:
+    """Move cwd and env into task_backend_specific_kwargs, and check what is there."""
+    place = dict(task.get("task_backend_specific_kwargs", {}))
+    for name in ("cwd", "env"):
+        if name in task:
+            place[name] = task.pop(name)
+        if place.get(name) is None:
+            place.pop(name, None)
+        elif not _KINDS[_TASK_FIELDS[name]][1](place[name]):
+            raise Unprocessable(f"{where}.{name}: must be {_KINDS[_TASK_FIELDS[name]][0]}")
+    if place.pop("shell", False):
+        raise Unprocessable(f"{where}.task_backend_specific_kwargs.shell: nothing is given to a "
+                            "shell; name one as the executable, with arguments '-c' and the text")
+    if "env" in place:
+        place["env"] = {key: str(item) for key, item in place["env"].items()}
+    task.pop("task_backend_specific_kwargs", None)
+    if place:
+        task["task_backend_specific_kwargs"] = place
+
+
+def _refuse_for_backend(task: Dict[str, Any], where: str) -> None:
+    """Refuse what the task's backend would ignore or fail with."""
+    backend, place = task["backend"], task.get("task_backend_specific_kwargs", {})
+    if "prompt" in task and backend != "noop":
+        raise Unprocessable(f"{where}.prompt: the backend {backend!r} runs no AI tasks")
+    if backend == LOCAL_BACKEND:
+        for name in place:
+            if name not in ("cwd", "env"):
+                raise Unprocessable(f"{where}.task_backend_specific_kwargs.{name}: the backend "
+                                    "'local' knows cwd and env")
+    if backend in (LOCAL_BACKEND, "concurrent", "dask") and task.get("ranks", 1) != 1:
+        raise Unprocessable(f"{where}.ranks: the backend {backend!r} runs one process for a task")
+    if backend in ("concurrent", "dask") and "function" in task:
+        for name in ("cwd", "env", "timeout"):
+            if name in place or name in task:
+                raise Unprocessable(f"{where}.{name}: the backend {backend!r} has it for "
+                                    "executables alone; 'local' has it for functions too")
+
+
+class Submission(NamedTuple):
+    """A request's tasks, checked: descriptions without uids, and the uids.
+
+    There is one description for each uid, or a single one for all: a template.
+    """
+    tasks: List[Dict[str, Any]]
+    uids: List[str]
+
+    def select(self, backend: str) -> "Submission":
+        """Return the part that is for one backend."""
+        if len(self.tasks) == 1:
+            return self
+        chosen = [(task, uid) for task, uid in zip(self.tasks, self.uids)
+                  if task["backend"] == backend]
+        return Submission([task for task, _ in chosen], [uid for _, uid in chosen])
+
+
+def parse_submission(body: Any, policy: TaskPolicy, name_task: Callable[[int], str]) -> Submission:
+    """Return the tasks of {"tasks": [...]} or {"template": {...}, "uids": [...]}, all checked.
+
+    name_task: gives a uid to the task at an index that has none. Raises what parse_task() does.
+    """
+    if not isinstance(body, dict):
+        raise Unprocessable('body: must be {"tasks": [...]} or {"template": {...}, "uids": [...]}')
+    for name in body:
+        if name not in ("tasks", "template", "uids"):
+            raise Unprocessable(f"{name[:80]}: there is no such field; send tasks, or template "
+                                "and uids")
+    if "tasks" in body and len(body) > 1:
+        raise Unprocessable("template: does not go with tasks")
+    if "tasks" not in body:
+        tasks, uids = [parse_task(body.get("template"), policy, "template")], body.get("uids")
+        if tasks[0].pop("uid", None) is not None:
+            raise Unprocessable("template.uid: the uids stand in uids")
+        where = "uids"
+    else:
+        tasks, where = body["tasks"], "tasks"
+        if isinstance(tasks, list):
+            tasks = [parse_task(task, policy, f"tasks[{index}]")
+                     for index, task in enumerate(tasks)]
+            uids = [task.pop("uid", None) or name_task(index) for index, task in enumerate(tasks)]
+        else:
+            uids = None
+    return Submission(tasks, _check_uids(uids, where))
+
+
+def _check_uids(uids: Any, where: str) -> List[str]:
+    if not isinstance(uids, list) or not uids:
+        raise Unprocessable(f"{where}: must be a list, and not an empty one")
+    if len(uids) > MAX_TASKS:
+        raise Unprocessable(f"{where}: {len(uids)} tasks are too many; a session has {MAX_TASKS}")
+    seen = set()
+    for index, uid in enumerate(uids):
+        if not isinstance(uid, str) or not _UID_PATTERN.fullmatch(uid):
+            raise Unprocessable(f"{where}[{index}].uid: {str(uid)[:80]!r} is not 1 to 128 letters, "
+                                "digits or any of _ . : @ + -")
+        if uid in seen:
+            raise Unprocessable(f"{where}[{index}].uid: {uid!r} stands there twice")
+        seen.add(uid)
+    return uids
+
+
+def parse_wait(body: Dict[str, Any]) -> Tuple[Optional[List[str]], Optional[float]]:
+    """Return (uids or None for all, timeout in seconds or None) of a wait request."""
+    for name in body:
+        if name not in ("uids", "timeout"):
+            raise Unprocessable(f"{name[:80]}: there is no such field; send uids and timeout")
+    uids, timeout = body.get("uids"), body.get("timeout")
+    if uids is not None and not (isinstance(uids, list) and len(uids) <= MAX_TASKS and
+                                 all(isinstance(uid, str) for uid in uids)):
+        raise Unprocessable("uids: must be a list of uids")
+    if timeout is not None and not (_is_number(timeout) and timeout >= 0):
+        raise Unprocessable("timeout: must be a number of seconds, or null for ever")
+    return uids, timeout
+
+
+# -- what a function returns and raises
+
+def encode_return(value: Any, allow_pickle: bool) -> Dict[str, Any]:
+    """Return {"return_value", "_return_value_encoding"} for a function's value.
+
+    JSON values stay what they are, bytes become base64, and anything else a pickle where that is
+    allowed, or its str(). Raises ValueError when that has more than MAX_RETURN bytes.
+    """
+    if value is None:
+        return {"return_value": None}
+    try:
+        text, encoding = encode_json(value), None
+        text.encode()                             # lone surrogates are no text
+    except (TypeError, ValueError, RecursionError):
+        value, encoding = _encode_other(value, allow_pickle)
+        text = value
+    if len(text) > MAX_RETURN:
+        raise ValueError(f"the return value takes {len(text)} bytes, and {MAX_RETURN} are allowed: "
+                         "write it to a file and return the file's name")
+    return {"return_value": value, **({"_return_value_encoding": encoding} if encoding else {})}
+
+
+def _encode_other(value: Any, allow_pickle: bool) -> Tuple[str, Optional[str]]:
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return base64.b64encode(value).decode(), "base64"
+    if allow_pickle:
+        with contextlib.suppress(Exception):      # not everything can be pickled
+            import cloudpickle
+            return base64.b64encode(cloudpickle.dumps(value)).decode(), "cloudpickle"
+    return str(value).encode(errors="replace").decode(), "str"
+
+
+def decode_return(task: Dict[str, Any], allow_pickle: bool = False) -> Any:
+    """Return a task's return value as the function returned it, as far as that can be.
+
+    allow_pickle: unpickle it. That is remote code: do it only when the edge is trusted.
+    """
+    value, encoding = task.get("return_value"), task.get("_return_value_encoding")
+    if encoding == "base64":
+        return base64.b64decode(value)
+    if encoding == "cloudpickle":
+        if not allow_pickle:
+            raise ValueError("the return value is a pickle: give allow_pickle=True to load it")
+        return _import_cloudpickle().loads(base64.b64decode(value))
+    return value
+
+
+def _import_cloudpickle() -> Any:
+    try:
+        import cloudpickle
+    except ImportError:
+        raise NotInstalled("functions are sent by cloudpickle: pip install cloudpickle, or name "
+                           "the function, as in 'package.module:function'") from None
+    return cloudpickle
+
+
+def load_function(text: str) -> Callable[..., Any]:
+    """Return the function that "package.module:name" names, or that a pickle is.
+
+    Raises LookupError with the reason, whatever the module does when it is imported.
+    """
+    try:
+        if text.startswith(PICKLED):
+            return _import_cloudpickle().loads(base64.b64decode(text[len(PICKLED):]))
+        module, _, path = text.partition(":")
+        found = importlib.import_module(module)
+        for name in path.split("."):
+            found = getattr(found, name)
+    except BaseException as error:
+        raise LookupError(f"{text[:80]!r} cannot be loaded: {type(error).__name__}: "
+                          f"{error}") from None
+    if not callable(found):
+        raise LookupError(f"{text[:80]!r} is not a function")
+    return found
+
+
+def call_function(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Return what a function returns; of a coroutine function, its result."""
+    if inspect.iscoroutinefunction(function):
+        return asyncio.run(function(*args, **kwargs))
+    return function(*args, **kwargs)
+
+
+def load_arguments(task: Dict[str, Any]) -> Tuple[Any, Any]:
+    """Return a function task's (args, kwargs), unpickled where they are pickles."""
+    loaded = [task.get("args") or [], task.get("kwargs") or {}]
+    for index, value in enumerate(loaded):
+        if isinstance(value, str):
+            loaded[index] = _import_cloudpickle().loads(base64.b64decode(value[len(PICKLED):]))
+    return tuple(loaded[0]), dict(loaded[1])
+
+
+def describe_exception(error: BaseException) -> Dict[str, Any]:
+    """Return what is told of a task whose function raised."""
+    kind = type(error).__name__
+    text = f"{kind}: {error}"[:MAX_ERROR].encode(errors="replace").decode()
+    code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+    trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    return {"state": "FAILED", "exit_code": code or 1, "error": text, "exception": kind,
+            "traceback": trace[-MAX_TRACEBACK:].encode(errors="replace").decode()}
+
+
+def run_function(task: Dict[str, Any], allow_pickle: bool,
+                 load: Callable[[str], Callable[..., Any]] = load_function) -> Dict[str, Any]:
+    """Run a function task; return how it ended, whatever it does short of ending the process."""
+    try:
+        args, kwargs = load_arguments(task)
+        value = call_function(load(task["function"]), args, kwargs)
+        return {"state": "DONE", "exit_code": 0, **encode_return(value, allow_pickle)}
+    except BaseException as error:                # sys.exit() too: it is the function's, not ours
+        return describe_exception(error)
+
+
+# -- the log of a task host
+
+class TaskLog:
+    """The file in which a task host writes what it took on and how it ended; a JSON value a line.
+
+    A line is one of: a description; {"taken": [[uid, number, offset, size], ...], "key"}, which
+    makes the descriptions there tasks; and {"uid", "state", ...}, the end of one. Offset and size
+    are of the description's line. Not synced: kill -9 costs nothing, a power cut may.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        self._size = os.fstat(self._descriptor).st_size
+        if self._size and os.pread(self._descriptor, 1, self._size - 1) != b"\n":
+            self._write(b"\n")                    # the last writer was killed in a line
+
+    def append(self, values: Iterable[Any]) -> List[Tuple[int, int]]:
+        """Write values, all or none; return each one's (offset, size). Raises OSError."""
+        lines = [encode_json(value).encode(errors="replace") + b"\n" for value in values]
+        return self._append_lines(lines)
+
+    def take(self, submission: Dict[str, Any]) -> List[Tuple[str, int, int, int]]:
+        """Write down a submission; return (uid, number, offset, size) of each task.
+
+        submission: {"tasks", "uids", "first", "key"}; the tasks' numbers begin with "first".
+        """
+        tasks, uids, first = submission["tasks"], submission["uids"], submission["first"]
+        lines = [encode_json(task).encode(errors="replace") + b"\n" for task in tasks]
+        places, offset = [], self._size
+        for line in lines:
+            places.append((offset, len(line)))
+            offset += len(line)
+        if len(places) < len(uids):
+            places *= len(uids)
+        taken = [(uid, first + index, *place)
+                 for index, (uid, place) in enumerate(zip(uids, places))]
+        head = encode_json({"taken": taken, "key": submission.get("key")})
+        self._append_lines([*lines, head.encode() + b"\n"])
+        return taken
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+    def _append_lines(self, lines: List[bytes]) -> List[Tuple[int, int]]:
+        places, offset = [], self._size
+        for line in lines:
+            places.append((offset, len(line)))
+            offset += len(line)
+        self._write(b"".join(lines))
+        return places
+
+    def _write(self, data: bytes) -> None:
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[os.write(self._descriptor, left):]
+        except OSError:                           # the disk is full: nothing of it must count
+            os.ftruncate(self._descriptor, self._size)
+            raise
+        self._size += len(data)
+
+
+def read_log(path: Path, offset: int = 0) -> Iterator[Tuple[int, int, Dict[str, Any]]]:
+    """Yield (offset, size, value) of a log's lines that are "taken" or an end. Blocks.
+
+    offset: of the line to begin with. Descriptions are passed over without being parsed; so is
+    what a killed writer left.
+    """
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        file.seek(offset)
+        for line in file:
+            if line.startswith((b'{"taken"', b'{"uid"')) and line.endswith(b"\n"):
+                value = _json_object(line.decode(errors="replace"))
+                if value:
+                    yield offset, len(line), value
+            offset += len(line)
+
+
+def read_entry(path: Path, place: Tuple[int, int]) -> Dict[str, Any]:
+    """Return the value at (offset, size) of a log; {} when it is not there. Blocks."""
+    try:
+        with open(path, "rb") as file:
+            line = os.pread(file.fileno(), place[1], place[0])
+            return _json_object(line.decode(errors="replace"))
+    except OSError:
+        return {}
+
+
+# -- the task host: a process without threads of its own
+
+class HostTask:
+    """A task in its host, and what is known of its running. The host's loop owns it."""
+
+    __slots__ = ("uid", "number", "spec", "running", "pid", "slot", "reason", "timer", "waiters",
+                 "handle")
+
+    def __init__(self, uid: str, number: int, spec: Dict[str, Any]) -> None:
+        self.uid, self.number, self.spec = uid, number, spec
+        self.running = False
+        self.pid = self.slot = -1                 # of its process or its worker; of its message
+        self.reason: Optional[str] = None         # why it is being ended: "canceled" or "timeout"
+        self.timer: Any = None
+        self.waiters: List["asyncio.Future[None]"] = []          # of those who wait for its end
+        self.handle: Any = None                   # what the library calls it
+
+
+class TaskHost:
+    """Runs the tasks of one session on one backend, in a process of its own that outlives the edge.
+
+    folder: where the log and the output are. It listens on a socket for one edge at a time, takes
+    submissions and cancellations, and tells how tasks begin and end. Without an edge it goes on
+    until its tasks have ended; the next edge reads in the log what it missed.
+    """
+
+    def __init__(self, folder: Path, settings: Dict[str, Any]) -> None:
+        self.folder, self.settings = folder, settings
+        self.log = TaskLog(folder / "tasks.log")
+        self.mark = os.environ.get(_HOST_MARK, "")
+        self.live: Dict[str, HostTask] = {}       # by uid
+        self._loop = asyncio.get_running_loop()
+        self._state, self._error = "initializing", None
+        self._begun: List[HostTask] = []          # since the last report
+        self._ended: List[Dict[str, Any]] = []    # likewise
+        self._reporting: Optional[asyncio.TimerHandle] = None
+        self._edge: Optional[asyncio.StreamWriter] = None
+        self._done = asyncio.Event()
+        self._calls: Set["asyncio.Task[None]"] = set()
+        self.backend: Any = make_host_backend(self)
+
+    async def run(self) -> None:
+        """Serve until the edge says so, or there is neither an edge nor a task."""
+        server = await _listen(self.settings["address"], self._serve)
+        opening = asyncio.ensure_future(self._open())
+        self._loop.call_later(FIRST_EDGE_S, self._end_if_idle)
+        await self._done.wait()
+        server.close()
+        opening.cancel()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.backend.close(), CLOSE_S)
+        self._report()
+        if self._edge is not None:
+            with contextlib.suppress(OSError, asyncio.TimeoutError):
+                await asyncio.wait_for(self._edge.drain(), 2)
+        self.log.close()
+
+    # -- for backends
+
+    def on_begin(self, task: HostTask) -> None:
+        """Take notice that a task runs."""
+        if task.running or task.uid not in self.live:
+            return
+        task.running = True
+        self._begun.append(task)
+        seconds = task.spec.get("timeout")
+        if seconds:
+            task.timer = self._loop.call_later(seconds, self._stop, task, "timeout")
+        self._report_soon()
+
+    def on_end(self, task: HostTask, outcome: Dict[str, Any]) -> None:
+        """Take notice how a task ended; the first word counts."""
+        if self.live.pop(task.uid, None) is None:
+            return
+        if task.timer is not None:
+            task.timer.cancel()
+        if task.reason == "canceled" and outcome["state"] != "DONE":
+            outcome = {"state": "CANCELED", "exit_code": None}
+        elif task.reason == "timeout" and outcome["state"] != "DONE":
+            outcome = {**outcome, "state": "FAILED", "reason": "timeout",
+                       "error": f"it ran for more than its timeout of {task.spec['timeout']:g} s"}
+        self._ended.append({"uid": task.uid, **outcome, "time": time.time(),
+                            **self._find_output(task)})
+        for waiter in task.waiters:
+            _set_done(waiter)
+        self._report_soon()
+
+    def output(self, task: HostTask, name: str) -> Path:
+        """Return where a task's "stdout" or "stderr" is kept."""
+        return output_path(self.folder, task.number, name)
+
+    def fail(self, error: str) -> None:
+        """Take notice that the backend can run no more tasks."""
+        self._state, self._error = "failed", error
+        self._send({"state": self._state, "error": self._error})
+
+    # -- inside: the edge
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not _is_own_peer(writer):
+            writer.close()
+            return
+        if self._edge is not None:
+            self._edge.close()                    # of an edge that was killed, or frozen
+        self._edge = writer
+        running = [task.uid for task in self.live.values() if task.running]
+        self._send({"hello": {"state": self._state, "error": self._error, "running": running}})
+        try:
+            while True:
+                line = await reader.readline()
+                if not line:
+                    break
+                self._on_message(json.loads(line))
+        except (OSError, ValueError):             # it broke off in a line
+            pass
+        finally:
+            if self._edge is writer:
+                self._edge = None
+            writer.close()
+            self._end_if_idle()
+
+    def _on_message(self, message: Dict[str, Any]) -> None:
+        if message["op"] == "submit" and not message["functions"]:
+            self._submit(message)                 # the common case, without a task of its own
+            return
+        handler = {"submit": self._check_and_submit, "check": self._check,
+                   "cancel": self._cancel, "close": self._close}[message["op"]]
+        call = asyncio.ensure_future(handler(message))
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+
+    def _send(self, message: Dict[str, Any]) -> None:
+        if self._edge is not None and not self._edge.is_closing():
+            self._edge.write(encode_json(message).encode(errors="replace") + b"\n")
+
+    async def _check_and_submit(self, message: Dict[str, Any]) -> None:
+        if await self._check(message, quiet=True):
+            self._submit(message)
+
+    async def _check(self, message: Dict[str, Any], quiet: bool = False) -> bool:
+        """Say whether the backend would take the tasks, and all functions can be loaded."""
+        try:
+            self.backend.check(message["tasks"])
+        except ValueError as error:
+            self._send({"id": message["id"], "status": 422, "error": f"tasks: {error}"})
+            return False
+        for name in message["functions"]:
+            error = await self.backend.check_function(name)
+            if error is not None:
+                self._send({"id": message["id"], "status": 422, "error": f"function: {error}"})
+                return False
+        if not quiet:
+            self._send({"id": message["id"]})
+        return True
+
+    def _submit(self, message: Dict[str, Any]) -> None:
+        """Take tasks: from the answer on they are safe."""
+        tasks = message["tasks"]
+        try:
+            self.backend.check(tasks)
+            taken = self.log.take(message)
+        except (OSError, ValueError) as error:
+            status = 503 if isinstance(error, OSError) else 422
+            self._send({"id": message["id"], "status": status, "error": f"tasks: {error}"})
+            return
+        self._send({"id": message["id"], "taken": taken})
+        specs = tasks if len(tasks) > 1 else tasks * len(taken)
+        new = [HostTask(uid, number, spec) for (uid, number, _, _), spec in zip(taken, specs)]
+        self.live.update((task.uid, task) for task in new)
+        self.backend.submit(new)
+
+    async def _cancel(self, message: Dict[str, Any]) -> None:
+        """End tasks; answer once they have ended, with the reasons of those that cannot be."""
+        refused, waiting = {}, []
+        for uid in message["uids"]:
+            task = self.live.get(uid)
+            if task is None:
+                continue                          # it has ended: the edge knows, or will soon
+            reason = self._stop(task, "canceled")
+            if reason:
+                refused[uid] = reason
+            elif uid in self.live:
+                waiter = self._loop.create_future()
+                task.waiters.append(waiter)
+                waiting.append(waiter)
+        if waiting:
+            await asyncio.wait(waiting, timeout=2 * GRACE_S + 5)
+        self._report()                            # so that the edge knows before it gets the answer
+        self._send({"id": message["id"], "refused": refused})
+
+    def _stop(self, task: HostTask, reason: str) -> Optional[str]:
+        """Begin to end a task; return why it cannot be, if so."""
+        earlier, task.reason = task.reason, task.reason or reason
+        refused = None if earlier else self.backend.stop(task)
+        if refused:
+            task.reason = None
+        return refused
+
+    async def _close(self, message: Dict[str, Any]) -> None:
+        for task in list(self.live.values()):
+            self._stop(task, "canceled")
+        self._send({"id": message["id"]})
+        self._done.set()
+
+    def _end_if_idle(self) -> None:
+        if self._edge is None and not self.live:
+            self._done.set()
+
+    # -- inside: the backend, and reports
+
+    async def _open(self) -> None:
+        try:
+            await self.backend.open()
+            self._state = "ready"
+        except Exception as error:
+            self._state, self._error = "failed", f"{type(error).__name__}: {error}"[:MAX_ERROR]
+            log_tasks.exception("the backend %s cannot be used", self.settings["backend"])
+        self._send({"state": self._state, "error": self._error})
+
+    def _report_soon(self) -> None:
+        if self._reporting is None:
+            self._reporting = self._loop.call_later(TURN_S, self._report)
+
+    def _report(self) -> None:
+        """Write down and tell what has changed; what cannot be written is tried again."""
+        if self._reporting is not None:
+            self._reporting.cancel()
+            self._reporting = None
+        try:
+            places = self.log.append(self._ended)
+        except OSError as error:
+            log_tasks.error("%s: the ends of %d tasks cannot be written: %s", self.folder,
+                            len(self._ended), error)
+            self._reporting = self._loop.call_later(1.0, self._report)
+            return
+        ended, self._ended = self._ended, []
+        running = [task.uid for task in self._begun if task.uid in self.live]
+        self._begun = []
+        if running or ended:
+            self._send({"running": running, "ended": [
+                [*place, _shorten_end(entry, place[1])] for place, entry in zip(places, ended)]})
+        if self._edge is None:
+            self._end_if_idle()
+
+    def _find_output(self, task: HostTask) -> Dict[str, int]:
+        """Return {"stdout_size", "stderr_size"} in bytes, of those that are not empty."""
+        if task.pid == -1 and not task.running:
+            return {}
+        found = {}
+        for name in ("stdout", "stderr"):
+            with contextlib.suppress(OSError):
+                size = os.stat(self.output(task, name)).st_size
+                if size:
+                    found[f"{name}_size"] = size
+                else:
+                    os.unlink(self.output(task, name))
+        return found
+
+
+def output_path(folder: Path, number: int, name: str) -> Path:
+    """Return where the output of a task is kept: a thousand tasks to a directory."""
+    return folder / "output" / str(number // 1000) / f"{number}.{name}"
+
+
+def _shorten_end(entry: Dict[str, Any], size: int) -> Dict[str, Any]:
+    """Return what is told of a task's end: all of it, unless that is too much."""
+    if size <= MAX_EVENT:
+        return entry
+    value = {name: item for name, item in entry.items()
+             if name not in ("return_value", "_return_value_encoding", "traceback")}
+    return {**value, "return_value_omitted": True}
+
+
+def _set_done(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+async def _listen(address: str, serve: Callable[..., Any]) -> Any:
+    return await asyncio.start_unix_server(serve, address, limit=MAX_HOST_LINE)
+
+
+def _is_own_peer(writer: asyncio.StreamWriter) -> bool:
+    """Whether the other end of a local socket is a process of this user's."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return True                               # the socket lies in a private directory then
+    sock = writer.get_extra_info("socket")
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return struct.unpack("3i", raw)[1] == os.getuid()
+
+
+def make_address() -> str:
+    """Return where a task host is to listen: a name that no file system keeps, where those exist.
+
+    (unix(7), "Abstract sockets". They outlive a cleaning of /tmp, and work on any file system.)
+    """
+    name = f"radical-edge-{secrets.token_hex(12)}"
+    if sys.platform == "linux":
+        return "\0" + name
+    return os.path.join(tempfile.mkdtemp(prefix="radical-edge-"), "socket")
+
+
+def find_marked(name: str, value: str) -> List[int]:
+    """Return the processes whose environment has name=value: all that a host or a task has started.
+
+    Processes of other users cannot be seen. Blocks; [] where there is no /proc.
+    """
+    wanted, own, found = f"{name}={value}".encode(), os.getpid(), []
+    for entry in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
+        if not entry.isdigit() or int(entry) == own:
+            continue
+        with contextlib.suppress(OSError), open(f"/proc/{entry}/environ", "rb") as file:
+            if wanted in file.read().split(b"\0"):
+                found.append(int(entry))
+    return found
+
+
+def end_marked(name: str, value: str, grace: float, spare: int = 0) -> None:
+    """End the processes that find_marked() finds: SIGTERM, `grace` seconds, SIGKILL. Blocks."""
+    end = time.monotonic() + grace
+    told: Set[int] = set()
+    while True:
+        found = [pid for pid in find_marked(name, value) if pid != spare]
+        if not found:
+            return
+        late = time.monotonic() >= end
+        for pid in found:
+            if late or pid not in told:
+                told.add(pid)
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
+        if time.monotonic() >= end + GRACE_S:
+            log_tasks.error("processes %s cannot be ended", found)
+            return
+        time.sleep(0.02)
+
+
+def run_task_host(folder: str) -> None:
+    """Be the task host of a folder, whose settings.json says what for. The process is its own."""
+    _configure_host()
+    settings = json.loads(_read(os.path.join(folder, "settings.json")))
+
+    async def main() -> None:
+        await TaskHost(Path(folder), settings).run()
+
+    asyncio.run(main())
+    logging.shutdown()
+    os._exit(0)                                   # whatever threads a library has left
+
+
+def _configure_host() -> None:
+    logging.basicConfig(level=logging.WARNING,
+                        format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource                           # many tasks, and a few files for each
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+# -- the local backend: processes for executables, workers for functions
+
+class LocalTasks:
+    """The backend `local`: needs nothing but the standard library.
+
+    At most `limit` executables and as many functions run at a time, in the order of submission.
+    """
+
+    def __init__(self, host: TaskHost) -> None:
+        self._executables = Executables(host, host.settings["limit"])
+        self._functions = FunctionWorkers(host, host.settings["limit"])
+
+    async def open(self) -> None:
+        """Watch for the ends of processes."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._reap)
+
+    def check(self, tasks: List[Dict[str, Any]]) -> None:
+        """Refuse what only this backend knows it cannot run: nothing."""
+
+    async def check_function(self, name: str) -> Optional[str]:
+        """Return why a function cannot be loaded, if so."""
+        return await self._functions.check(name)
+
+    def submit(self, tasks: List[HostTask]) -> None:
+        """Run tasks, as soon as there is room."""
+        self._functions.add([task for task in tasks if "function" in task.spec])
+        self._executables.add([task for task in tasks if "executable" in task.spec])
+
+    def stop(self, task: HostTask) -> Optional[str]:
+        """Begin to end a task."""
+        owner = self._functions if "function" in task.spec else self._executables
+        owner.stop(task)
+        return None
+
+    async def close(self) -> None:
+        """Return when all processes have ended, at most CLOSE_S later."""
+        self._functions.close()
+        while self._executables.running or self._functions.workers:
+            await asyncio.sleep(0.02)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                # only looked at, so that the number is still taken when its group is signalled
+                info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if info is None:
+                return
+            _kill_group(info.si_pid)              # what a task leaves running ends with it
+            _, status = os.waitpid(info.si_pid, 0)
+            code = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+            if not self._executables.on_exit(info.si_pid, code):
+                self._functions.on_exit(info.si_pid, code)
+
+
+def _describe_exit(code: int) -> Dict[str, Any]:
+    if code == 0:
+        return {"state": "DONE", "exit_code": 0}
+    error = f"killed by signal {code - 128}" if code > 128 else f"exit code {code}"
+    return {"state": "FAILED", "exit_code": code, "error": error}
+
+
+class Executables:
+    """Programs as tasks: each in a process group of its own, its output in files."""
+
+    def __init__(self, host: TaskHost, limit: int) -> None:
+        self._host, self._limit = host, limit
+        self._loop = asyncio.get_running_loop()
+        self._queue: Deque[HostTask] = collections.deque()
+        self.running: Dict[int, HostTask] = {}    # by pid
+        self._base = dict(os.environ)
+        self._home = os.path.expanduser("~")
+        self._here = ""                           # the working directory of this process
+        self._null = os.open(os.devnull, os.O_RDWR)
+        self._found: Dict[Tuple[str, Optional[str]], str] = {}   # programs on the PATH
+        self._folders: Set[int] = set()           # of output, that exist
+
+    def add(self, tasks: List[HostTask]) -> None:
+        """Run programs, as soon as there is room."""
+        self._queue.extend(tasks)
+        self._fill()
+
+    def on_exit(self, pid: int, code: int) -> bool:
+        """Take notice that a process has ended; False when it is no task's."""
+        task = self.running.pop(pid, None)
+        if task is None:
+            return False
+        self._host.on_end(task, _describe_exit(code))
+        self._fill()
+        return True
+
+    def stop(self, task: HostTask) -> None:
+        """End a program and all it has started: SIGTERM, and SIGKILL after GRACE_S."""
+        if task.pid == -1:
+            with contextlib.suppress(ValueError):
+                self._queue.remove(task)
+            self._host.on_end(task, {"state": "FAILED", "exit_code": None})
+            return
+        with contextlib.suppress(OSError):
+            os.killpg(task.pid, signal.SIGTERM)
+        self._loop.call_later(GRACE_S, self._kill, task)
+
+    def _kill(self, task: HostTask) -> None:
+        if self.running.get(task.pid) is task:
+            _kill_group(task.pid)
+
+    def _fill(self) -> None:
+        while self._queue and len(self.running) < self._limit:
+            task = self._queue.popleft()
+            try:
+                task.pid = self._spawn(task)
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE) and self.running:
+                    self._queue.appendleft(task)  # the machine is full: when another has ended
+                    return
+                self._host.on_end(task, self._explain(error))
+                continue
+            self.running[task.pid] = task
+            self._host.on_begin(task)
+
+    @staticmethod
+    def _explain(error: OSError) -> Dict[str, Any]:
+        code = 127 if isinstance(error, (FileNotFoundError, NotADirectoryError)) else 126
+        return {"state": "FAILED", "exit_code": code,
+                "error": f"it could not be started: {error.filename}: {error.strerror}"}
+
+    def _spawn(self, task: HostTask) -> int:
+        """Start a program; return its process id. Raises OSError."""
+        spec = task.spec
+        place = spec.get("task_backend_specific_kwargs", {})
+        self._enter(place.get("cwd"))
+        environment = {**self._base, **place.get("env", {}), _TASK_MARK: f"{self._host.mark}/"
+                       f"{task.number}"}
+        program = self._find(spec["executable"], environment.get("PATH"))
+        streams = [(os.POSIX_SPAWN_DUP2, self._null, 0)]
+        opened = []
+        try:
+            for target, name in ((1, "stdout"), (2, "stderr")):
+                opened.append(self._open_output(task, name))
+                streams.append((os.POSIX_SPAWN_DUP2, opened[-1], target))
+            return os.posix_spawn(
+                program, [spec["executable"], *spec.get("arguments", ())], environment,
+                file_actions=streams, setpgroup=0, setsigmask=(),
+                setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT))
+        except OSError as error:
+            error.filename = error.filename or program
+            raise
+        finally:
+            for descriptor in opened:
+                os.close(descriptor)
+
+    def _enter(self, directory: Optional[str]) -> None:
+        """Change to a task's directory: this process has no threads that would mind."""
+        wanted = os.path.join(self._home, os.path.expanduser(directory or self._home))
+        if wanted != self._here:
+            os.chdir(wanted)
+            self._here = wanted
+
+    def _find(self, executable: str, path: Optional[str]) -> str:
+        executable = os.path.expanduser(executable)
+        if "/" in executable:
+            return executable
+        key = executable, path
+        if key not in self._found:
+            found = shutil.which(executable, path=path)
+            if found is None:
+                raise FileNotFoundError(errno.ENOENT, "no such program on the PATH", executable)
+            self._found[key] = found
+        return self._found[key]
+
+    def _open_output(self, task: HostTask, name: str) -> int:
+        path = self._host.output(task, name)
+        if task.number // 1000 not in self._folders:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._folders.add(task.number // 1000)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+
+
+_WORKER_HEAD = struct.Struct(">cII")   # of what a worker says: kind, slot, size of what follows
+MAX_DESCRIPTOR = 65536                 # a forked process closes those below
+_SLOTS = 256                           # messages for workers that may be on their way
+MAX_EARLY_DEATHS = 5
+MAX_MESSAGE_TO_WORKER = 32 * 1024      # bytes; what is longer goes through a file
+
+
+class FunctionWorkers:
+    """Functions as tasks, in processes that are forked from the host and used again and again.
+
+    All idle workers read from one socket that keeps messages apart, so that a task goes to whoever
+    is free first. A worker says when it begins a task (S) and how that ended (R), or that it was
+    told not to begin (X). When a worker dies, the task it had begun has failed, and no other.
+    """
+
+    def __init__(self, host: TaskHost, limit: int) -> None:
+        self._host, self._limit = host, limit
+        self._loop = asyncio.get_running_loop()
+        kind = getattr(socket, "SOCK_SEQPACKET", socket.SOCK_DGRAM)
+        self._out, self._in = socket.socketpair(socket.AF_UNIX, kind)
+        self._out.setblocking(False)
+        self._forbidden = mmap.mmap(-1, _SLOTS)   # shared with the workers: 1 where not to begin
+        self._queue: Deque[HostTask] = collections.deque()
+        self._free = list(range(_SLOTS))
+        self._sent: Dict[int, HostTask] = {}      # by slot, in the order of sending
+        self.workers: Dict[int, "_Worker"] = {}   # by pid
+        self._checks: Dict[str, "asyncio.Future[Optional[str]]"] = {}
+        self._closed = False
+        self._early = 0                           # workers in a row that died before they began
+
+    def add(self, tasks: List[HostTask]) -> None:
+        """Run functions, as soon as there is room."""
+        self._queue.extend(tasks)
+        self._fill()
+
+    async def check(self, name: str) -> Optional[str]:
+        """Return why a function cannot be loaded, in a worker of its own; None when it can."""
+        known = self._checks.get(name)
+        if known is None:
+            known = self._checks[name] = self._loop.create_future()
+            pid, receiver = _fork_checker(name)
+            self._loop.add_reader(receiver, self._on_checked, name, receiver, bytearray())
+            self._loop.call_later(IMPORT_S, _kill_group, pid)
+        error = await asyncio.shield(known)
+        if error is not None:
+            self._checks.pop(name, None)          # its author may put it right
+        return error
+
+    def stop(self, task: HostTask) -> None:
+        """End a function: with its process, if it has begun."""
+        if task.slot == -1:
+            with contextlib.suppress(ValueError):
+                self._queue.remove(task)
+        elif task.running:
+            with contextlib.suppress(OSError):
+                os.killpg(task.pid, signal.SIGTERM)
+            self._loop.call_later(GRACE_S, self._kill, task)
+            return
+        else:
+            self._forbidden[task.slot] = 1        # should it begin all the same, see _on_start()
+        self._host.on_end(task, {"state": "FAILED", "exit_code": None})
+
+    def close(self) -> None:
+        """Let the workers end."""
+        self._closed = True
+        self._out.close()
+        self._in.close()
+        for pid in self.workers:
+            _kill_group(pid)
+
+    def on_exit(self, pid: int, code: int) -> None:
+        """Take notice that a worker has ended."""
+        worker = self.workers.pop(pid, None)
+        if worker is None:
+            return                                # a checker
+        self._on_readable(worker)                 # its last words
+        self._loop.remove_reader(worker.receiver)
+        os.close(worker.receiver)
+        if worker.task is not None:
+            worker.move_output(self._host)
+            outcome = _describe_exit(code)
+            if code == 0:
+                outcome = {"state": "FAILED", "exit_code": 0}
+            self._release(worker.task)
+            self._host.on_end(worker.task, {
+                **outcome, "state": "FAILED",
+                "error": f"its process ended: {outcome.get('error', 'exit code 0')}"})
+        worker.remove_output()
+        self._early = 0 if worker.has_begun else self._early + 1
+        if not self._closed and self._early < MAX_EARLY_DEATHS:
+            self._loop.call_later(1.0, self._recover, None)
+            self._fill()
+        elif self._early:
+            self._give_up()
+
+    # -- inside
+
+    def _kill(self, task: HostTask) -> None:
+        if task.pid in self.workers and self.workers[task.pid].task is task:
+            _kill_group(task.pid)
+
+    def _fill(self) -> None:
+        """Send tasks, a few more than there are workers, and have enough workers."""
+        while self._queue and self._free and len(self._sent) < 2 * self._limit + 8 and \
+                not self._closed:
+            task = self._queue[0]
+            slot = self._free[-1]
+            try:
+                self._out.send(self._encode(slot, task))
+            except BlockingIOError:
+                break
+            self._queue.popleft()
+            self._free.pop()
+            self._forbidden[slot] = 0
+            task.slot = slot
+            self._sent[slot] = task
+        while len(self.workers) < min(self._limit, len(self._sent)) and not self._closed:
+            self._start_worker()
+
+    def _encode(self, slot: int, task: HostTask) -> bytes:
+        """Return the message for a worker; of a long one, the name of a file that has it."""
+        message = b"%d\n%d\n%s" % (slot, task.number, encode_json(task.spec).encode())
+        if len(message) <= MAX_MESSAGE_TO_WORKER:
+            return message
+        path = self._host.folder / f"message.{task.number}"
+        path.write_bytes(message)
+        return b"@" + str(path).encode()
+
+    def _start_worker(self) -> None:
+        worker = _Worker(self._host, self._in, self._forbidden)
+        self.workers[worker.pid] = worker
+        self._loop.add_reader(worker.receiver, self._on_readable, worker)
+
+    def _on_readable(self, worker: "_Worker") -> None:
+        for kind, slot, body in worker.read():
+            task = self._sent.get(slot)
+            if task is None:
+                continue
+            if kind == b"S":
+                self._on_start(worker, task)
+                continue
+            worker.task = None
+            self._release(task)
+            if kind == b"R":
+                self._host.on_end(task, json.loads(body))
+        self._fill()
+
+    def _on_start(self, worker: "_Worker", task: HostTask) -> None:
+        task.pid, worker.task, worker.has_begun = worker.pid, task, True
+        if task.uid in self._host.live:
+            self._host.on_begin(task)
+        else:
+            _kill_group(worker.pid)               # canceled just as it began
+
+    def _release(self, task: HostTask) -> None:
+        if self._sent.pop(task.slot, None) is not None:
+            self._free.append(task.slot)
+
+    def _recover(self, suspects: Optional[List[HostTask]]) -> None:
+        """Send again what a worker took from the socket and died before it said so.
+
+        Messages are taken in order: a task that has not begun, though a later one has, was lost,
+        unless it is just about to. So what is found is looked at once more a second later.
+        """
+        slots = list(self._sent)
+        last = max((index for index, slot in enumerate(slots) if self._sent[slot].running),
+                   default=-1)
+        lost = [self._sent[slot] for slot in slots[:last] if not self._sent[slot].running]
+        if suspects is None:
+            if lost:
+                self._loop.call_later(1.0, self._recover, lost)
+            return
+        lost = [task for task in lost if task in suspects]
+        for task in lost:
+            log_tasks.warning("%s: its worker died before it began; sent again", task.uid)
+            self._forbidden[task.slot] = 1
+            del self._sent[task.slot]             # the slot is not used again
+            task.slot = -1
+        self._queue.extendleft(reversed(lost))
+        self._fill()
+
+    def _give_up(self) -> None:
+        """Workers die before they begin anything: say so, rather than start them for ever."""
+        for task in [*self._sent.values(), *self._queue]:
+            self._host.on_end(task, {"state": "FAILED", "exit_code": None, "error":
+                                     "processes for functions end before they begin; see host.log"})
+        self._sent.clear()
+        self._queue.clear()
+        self._early = 0
+
+    def _on_checked(self, name: str, receiver: int, buffer: bytearray) -> None:
+        data = os.read(receiver, 65536)
+        buffer += data
+        if data:
+            return
+        self._loop.remove_reader(receiver)
+        os.close(receiver)
+        error = buffer[1:].decode(errors="replace") if buffer else \
+            f"{name!r} cannot be loaded: it ended the process, or took more than {IMPORT_S:.0f} s"
+        future = self._checks[name]
+        if not future.done():
+            future.set_result(error or None)
+
+
+class _Worker:
+    """A process that runs functions, seen from the host."""
+
+    def __init__(self, host: TaskHost, tasks: socket.socket, forbidden: mmap.mmap) -> None:
+        self._folder = host.folder
+        self.task: Optional[HostTask] = None      # the one that it has begun
+        self.has_begun = False                    # whether it ever did
+        self._buffer = bytearray()
+        self.receiver, sender = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _become_worker([tasks.fileno(), sender])
+            _FunctionLoop(host, tasks, sender, forbidden).run()
+        os.close(sender)
+        os.set_blocking(self.receiver, False)
+        with contextlib.suppress(OSError):
+            os.setpgid(self.pid, self.pid)        # the worker does so too; whoever is first
+
+    def read(self) -> List[Tuple[bytes, int, bytes]]:
+        """Return what the worker has said: (kind, slot, body)."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                data = os.read(self.receiver, 262144)
+                self._buffer += data
+                if len(data) < 262144:
+                    break
+        found, at = [], 0
+        while len(self._buffer) - at >= _WORKER_HEAD.size:
+            kind, slot, size = _WORKER_HEAD.unpack_from(self._buffer, at)
+            if len(self._buffer) - at - _WORKER_HEAD.size < size:
+                break
+            at += _WORKER_HEAD.size
+            found.append((kind, slot, bytes(self._buffer[at:at + size])))
+            at += size
+        del self._buffer[:at]
+        return found
+
+    def move_output(self, host: TaskHost) -> None:
+        """Give what it has written to the task that ended it."""
+        for name in ("stdout", "stderr"):
+            with contextlib.suppress(OSError):
+                target = host.output(self.task, name)
+                target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                os.rename(_worker_output(self._folder, self.pid, name), target)
+
+    def remove_output(self) -> None:
+        """Delete its files, which are empty now."""
+        for name in ("stdout", "stderr"):
+            with contextlib.suppress(OSError):
+                os.unlink(_worker_output(self._folder, self.pid, name))
+
+
+def _worker_output(folder: Path, pid: int, name: str) -> Path:
+    return folder / f"worker.{pid}.{name}"
+
+
+def _become_worker(keep: List[int]) -> None:
+    """In a forked process: a process group of its own, and nothing of the host's loop.
+
+    keep: the descriptors that stay open. The edge must see the host's end, whoever else lives.
+    """
+    os.setpgid(0, 0)
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    asyncio.set_event_loop(None)
+    kept = [2, *sorted(keep), MAX_DESCRIPTOR]
+    for low, high in zip(kept, kept[1:]):
+        os.closerange(low + 1, high)
+
+
+def _fork_checker(name: str) -> Tuple[int, int]:
+    """Load a function in a process of its own; return its pid and where it says how that went."""
+    receiver, sender = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        text = ""
+        try:
+            _become_worker([sender])
+            load_function(name)
+        except BaseException as error:
+            text = str(error)
+        os.write(sender, b"!" + text.encode(errors="replace")[:MAX_ERROR])
+        os._exit(0)
+    os.close(sender)
+    return pid, receiver
+
+
+class _FunctionLoop:
+    """A worker, seen from within: takes tasks from the socket and runs them, one by one."""
+
+    def __init__(self, host: TaskHost, tasks: socket.socket, sender: int,
+                 forbidden: mmap.mmap) -> None:
+        self._host, self._tasks, self._sender, self._forbidden = host, tasks, sender, forbidden
+        self._functions: Dict[str, Callable[..., Any]] = {}      # by name, and the last pickle
+        self._environment, self._here = dict(os.environ), os.path.expanduser("~")
+
+    def run(self) -> None:
+        """Work until the host is gone; does not return."""
+        try:
+            with contextlib.suppress(OSError):    # there may be no such directory
+                os.chdir(self._here)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            for descriptor, name in ((1, "stdout"), (2, "stderr")):
+                self._capture(descriptor, name)
+            self._tasks.setblocking(True)
+            while self._take():
+                pass
+        except BaseException:
+            log_tasks.exception("worker")
+        os._exit(0)
+
+    def _take(self) -> bool:
+        message = self._tasks.recv(2 * MAX_MESSAGE_TO_WORKER)
+        if not message:
+            return False
+        if message.startswith(b"@"):
+            path = message[1:].decode()
+            message = Path(path).read_bytes()
+            os.unlink(path)
+        first, second, text = message.split(b"\n", 2)
+        slot, number = int(first), int(second)
+        if self._forbidden[slot]:
+            self._say(b"X", slot)
+            return True
+        self._say(b"S", slot)
+        outcome = self._run(json.loads(text), number)
+        self._keep_output(number)
+        self._say(b"R", slot, encode_json(outcome).encode(errors="replace"))
+        return True
+
+    def _say(self, kind: bytes, slot: int, body: bytes = b"") -> None:
+        left = memoryview(_WORKER_HEAD.pack(kind, slot, len(body)) + body)
+        while left:
+            left = left[os.write(self._sender, left):]
+
+    def _run(self, task: Dict[str, Any], number: int) -> Dict[str, Any]:
+        place = task.get("task_backend_specific_kwargs", {})
+        os.environ[_TASK_MARK] = f"{self._host.mark}/{number}"
+        allow = self._host.settings["allow_pickle"]
+        if not place:
+            return run_function(task, allow, self._load)
+        try:
+            os.environ.update(place.get("env", {}))
+            os.chdir(os.path.expanduser(place.get("cwd", self._here)))
+            return run_function(task, allow, self._load)
+        except OSError as error:
+            return describe_exception(error)
+        finally:
+            with contextlib.suppress(OSError):
+                os.chdir(self._here)
+            os.environ.clear()
+            os.environ.update(self._environment)
+
+    def _load(self, text: str) -> Callable[..., Any]:
+        if text not in self._functions:
+            function = load_function(text)
+            if text.startswith(PICKLED):          # of these only the last: they may be large
+                self._functions = {name: item for name, item in self._functions.items()
+                                   if not name.startswith(PICKLED)}
+            self._functions[text] = function
+        return self._functions[text]
+
+    def _capture(self, descriptor: int, name: str) -> None:
+        path = _worker_output(self._host.folder, os.getpid(), name)
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+
+    def _keep_output(self, number: int) -> None:
+        """Move what a function has printed to where the task's output is kept."""
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):  # the function may have closed or replaced it
+                stream.flush()
+        for descriptor, name in ((1, "stdout"), (2, "stderr")):
+            if os.fstat(descriptor).st_size:
+                target = output_path(self._host.folder, number, name)
+                target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                os.rename(_worker_output(self._host.folder, os.getpid(), name), target)
+                self._capture(descriptor, name)
+
+
+# -- the backends of rhapsody-py, in a host
+
+_IN_FLIGHT = {"concurrent": 64}        # tasks given to a backend at a time; the others queue by
+_IN_FLIGHT_OTHERS = 4096               # themselves, and well
+
+
+def make_host_backend(host: TaskHost) -> Any:
+    """Return what runs a host's tasks."""
+    if host.settings["backend"] == LOCAL_BACKEND:
+        return LocalTasks(host)
+    return LibraryTasks(host, host.settings["backend"])
+
+
+class LibraryTasks:
+    """A backend of rhapsody-py. Its calls may block: this process has nothing else to do."""
+
+    def __init__(self, host: TaskHost, name: str) -> None:
+        self._host, self._name = host, name
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self._queue: Deque[HostTask] = collections.deque()
+        self._given: Dict[str, HostTask] = {}     # what the backend has, by the uid it knows
+        self._feeding: Optional["asyncio.Task[None]"] = None
+        self._stopping: Set["asyncio.Task[None]"] = set()
+        self._ending: Set[str] = set()            # what _stop() is about to end, by that uid
+        self._begun: Set[int] = set()             # functions whose thread has begun; any thread
+        self._stopped: Set[int] = set()           # functions that must not begin; any thread
+        self._limit = _IN_FLIGHT.get(name, _IN_FLIGHT_OTHERS)
+        self._backend: Any = None
+        self._work = host.folder / "work"
+
+    async def open(self) -> None:
+        """Start the backend. Raises what the library does."""
+        import rhapsody
+        arguments = _backend_arguments(self._name, self._host)
+        self._backend = await asyncio.wait_for(
+            _await(rhapsody.get_backend(self._name, *arguments)), BACKEND_START_S)
+        rhapsody.Session(backends=[self._backend], uid="work", work_dir=str(self._host.folder))
+        self._backend.register_callback(self._on_state)
+        if self._name == "radical_pilot":
+            self._stopping.add(asyncio.ensure_future(self._watch_pilot()))
+
+    def check(self, tasks: List[Dict[str, Any]]) -> None:
+        """Let the library look at tasks. Raises ValueError."""
+        import rhapsody
+        for index, spec in enumerate(tasks):
+            given = {name: item for name, item in spec.items() if name in
+                     ("executable", "arguments", "input_files", "output_files", *_AI_FIELDS)}
+            if "function" in spec:
+                given["function"] = print         # the real one was loaded, or is a pickle
+            try:
+                rhapsody.BaseTask.from_dict({**given, "uid": "t", "backend": self._name})
+            except Exception as error:            # its own, pydantic's and typeguard's
+                raise ValueError(f"[{index}]: {error}") from None
+
+    async def check_function(self, name: str) -> Optional[str]:
+        """Return why a function cannot be loaded, if so."""
+        try:
+            await asyncio.wait_for(self._loop.run_in_executor(None, load_function, name), IMPORT_S)
+        except LookupError as error:
+            return str(error)
+        except asyncio.TimeoutError:
+            return f"{name!r} cannot be loaded within {IMPORT_S:.0f} s"
+        return None
+
+    def submit(self, tasks: List[HostTask]) -> None:
+        """Give tasks to the backend, as soon as it has room."""
+        self._queue.extend(tasks)
+        self._feed_soon()
+
+    def stop(self, task: HostTask) -> Optional[str]:
+        """Begin to end a task; return why it cannot be ended, if so."""
+        if task.handle is None:
+            with contextlib.suppress(ValueError):
+                self._queue.remove(task)
+            self._host.on_end(task, {"state": "FAILED", "exit_code": None})
+            return None
+        if self._name == "concurrent" and "function" in task.spec:
+            self._stopped.add(task.number)
+            if task.number in self._begun:
+                return "a function that has begun cannot be stopped in the backend 'concurrent', " \
+                       "for it runs in a thread; 'local' has processes for them"
+        stopping = asyncio.ensure_future(self._stop(task))
+        self._stopping.add(stopping)
+        stopping.add_done_callback(self._stopping.discard)
+        return None
+
+    async def close(self) -> None:
+        """Shut the backend down; what it leaves is ended by the edge, which knows its mark."""
+        if self._backend is not None:
+            await _await(self._backend.shutdown())
+
+    # -- inside
+
+    def _feed_soon(self) -> None:
+        if self._feeding is None and self._queue:
+            self._feeding = asyncio.ensure_future(self._feed())
+
+    async def _feed(self) -> None:
+        try:
+            while self._queue and len(self._given) < self._limit:
+                room = self._limit - len(self._given)
+                batch = [self._queue.popleft() for _ in range(min(room, len(self._queue)))]
+                await self._give(batch)
+        finally:
+            self._feeding = None
+
+    async def _give(self, batch: List[HostTask]) -> None:
+        objects = []
+        for task in batch:
+            try:
+                made = self._make(task)
+            except Exception as error:            # a pickle of something that is not here
+                self._host.on_end(task, describe_exception(error))
+                continue
+            task.handle = made
+            self._given[made["uid"]] = task
+            objects.append(made)
+        try:
+            await self._backend.submit_tasks(objects)
+        except Exception as error:
+            log_tasks.exception("%s refused %d tasks", self._name, len(objects))
+            for made in objects:
+                self._finish(made, describe_exception(error))
+
+    def _make(self, task: HostTask) -> Any:
+        """Return a task as the library has it."""
+        import rhapsody
+        spec = task.spec
+        given = {name: item for name, item in spec.items() if name not in
+                 ("backend", "function", "args", "kwargs", "timeout", "ranks", "_pickled_fields",
+                  "metadata", "task_backend_specific_kwargs")}
+        given.update(uid=f"t{task.number}", backend=self._name)
+        if "function" in spec:
+            args, kwargs = load_arguments(spec)
+            given.update(function=self._guard(task), args=list(args), kwargs=kwargs)
+        elif "executable" in spec:
+            place = spec.get("task_backend_specific_kwargs", {})
+            mark = {_TASK_MARK: f"{self._host.mark}/{task.number}"}
+            given.update(_TRANSLATE.get(self._name, _translate_plain)(spec, place, mark),
+                         capture_stdio=True)
+        return rhapsody.BaseTask.from_dict(given)
+
+    def _guard(self, task: HostTask) -> Callable[..., Any]:
+        """Return a task's function such that sys.exit() in it does not end the backend."""
+        function = load_function(task.spec["function"])
+        if self._name == "concurrent":
+            return functools.partial(self._call_here, task.number, function)
+        return functools.partial(_call_guarded, function)
+
+    def _call_here(self, number: int, function: Callable[..., Any], *args: Any,
+                   **kwargs: Any) -> Any:
+        if number in self._stopped:
+            raise RuntimeError("canceled")
+        self._begun.add(number)
+        return _call_guarded(function, *args, **kwargs)
+
+    def _on_state(self, made: Any, state: Any) -> None:
+        """Take a backend's word; radical.pilot calls in threads of its own."""
+        if threading.get_ident() == self._thread:
+            self._take_state(made, str(state))
+        else:
+            self._loop.call_soon_threadsafe(self._take_state, made, str(state))
+
+    def _take_state(self, made: Any, state: str) -> None:
+        task = self._given.get(made["uid"])
+        if task is None or state == "CANCELED" and made["uid"] in self._ending:
+            return                                # the latter has ended when its processes have
+        if state in ("RUNNING", "AGENT_EXECUTING"):
+            self._host.on_begin(task)
+        elif state in TASK_FINAL_STATES:
+            try:
+                outcome = self._describe(task, made, state)
+            except ValueError as error:           # the return value is too long
+                outcome = describe_exception(error)
+            self._finish(made, outcome)
+
+    def _finish(self, made: Any, outcome: Dict[str, Any]) -> None:
+        task = self._given.pop(made["uid"], None)
+        if task is not None:
+            self._begun.discard(task.number)
+            self._stopped.discard(task.number)
+            self._host.on_end(task, outcome)
+            tasks = getattr(self._backend, "tasks", None)
+            if isinstance(tasks, dict) and self._name != "radical_pilot":
+                tasks.pop(made["uid"], None)      # concurrent would keep it for ever
+        self._feed_soon()
+
+    def _describe(self, task: HostTask, made: Any, state: str) -> Dict[str, Any]:
+        """Return how a task ended; also moves its output. `state` alone says whether it worked."""
+        task.running = True                       # there may be output
+        for name in ("stdout", "stderr"):
+            self._keep_output(task, made, name)
+        error, code = made.get("exception"), made.get("exit_code")
+        if code is None and isinstance(error, SystemExit) and isinstance(error.code, int):
+            code = error.code                     # the way of dragon
+        if state in ("DONE", "COMPLETED"):
+            value = made.get("return_value") if "function" in task.spec or "prompt" in task.spec \
+                else None
+            return {"state": "DONE", "exit_code": 0 if code is None else code,
+                    **encode_return(value, self._host.settings["allow_pickle"])}
+        if state == "CANCELED":
+            return {"state": "CANCELED", "exit_code": None}
+        if isinstance(error, BaseException) and "function" in task.spec:
+            return describe_exception(error)
+        if code is not None and code < 0:
+            code = 128 - code
+        told = _describe_exit(code or 1)
+        return {**told, "error": str(error)[:MAX_ERROR] if error else told["error"],
+                "exit_code": code}
+
+    def _keep_output(self, task: HostTask, made: Any, name: str) -> None:
+        """Move a task's output, or write it, to where the host keeps it."""
+        source, target = self._work / f"{made['uid']}.{name}", self._host.output(task, name)
+        text = made.get(name)
+        with contextlib.suppress(OSError):
+            if source.exists():
+                if source.stat().st_size:
+                    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                    os.rename(source, target)
+                else:
+                    os.unlink(source)
+            elif text and "executable" in task.spec and str(text) != str(source):
+                target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                target.write_text(str(text), encoding="utf-8", errors="replace")
+
+    async def _stop(self, task: HostTask) -> None:
+        """Cancel a task in the backend, and end the processes that it leaves."""
+        uid = task.handle["uid"]
+        if self._name != "radical_pilot":         # whose own word comes when the agent has ended it
+            self._ending.add(uid)
+        try:
+            await _await(self._backend.cancel_task(uid))
+        except Exception as error:                # dragon: it has just ended
+            log_tasks.info("%s: cancel: %s", task.uid, error)
+        mark = f"{self._host.mark}/{task.number}"
+        await self._loop.run_in_executor(None, end_marked, _TASK_MARK, mark, GRACE_S)
+        if "executable" in task.spec:
+            await asyncio.sleep(0.2)              # it may have been about to start
+            await self._loop.run_in_executor(None, end_marked, _TASK_MARK, mark, 0.0)
+        if uid in self._ending:
+            self._ending.discard(uid)
+            self._finish(task.handle, {"state": "CANCELED", "exit_code": None})
+
+    async def _watch_pilot(self) -> None:
+        """Tell of a pilot that has ended: its tasks would wait for ever."""
+        while True:
+            await asyncio.sleep(1.0)
+            state = self._backend.resource_pilot.state
+            if state in TASK_FINAL_STATES:
+                for task in [*self._given.values(), *self._queue]:
+                    self._host.on_end(task, {"state": "FAILED", "exit_code": None,
+                                             "error": f"the pilot has ended: it is {state}"})
+                self._given.clear()
+                self._queue.clear()
+                self._host.fail(f"the pilot has ended: it is {state}; register a new session")
+                return
+
+
+async def _await(value: Any) -> Any:
+    """Return a value, awaited if need be: what is awaitable differs from backend to backend."""
+    return await value if inspect.isawaitable(value) else value
+
+
+def _call_guarded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function; what would end the process or its loop becomes an ordinary exception."""
+    try:
+        return call_function(function, args, kwargs)
+    except Exception:
+        raise
+    except BaseException as error:                # SystemExit, KeyboardInterrupt
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+
+
+def _translate_plain(spec: Dict[str, Any], place: Dict[str, Any],
+                     mark: Dict[str, str]) -> Dict[str, Any]:
+    """Return what `concurrent` needs: an environment is the whole environment there."""
+    return {"task_backend_specific_kwargs": {
+        **place, "cwd": _expand(place.get("cwd", "~")),
+        "env": {**os.environ, **place.get("env", {}), **mark}}}
+
+
+def _translate_dask(spec: Dict[str, Any], place: Dict[str, Any],
+                    mark: Dict[str, str]) -> Dict[str, Any]:
+    """Return what dask needs: env(1) sets variables, for the environment is the worker's."""
+    variables = [f"{key}={item}" for key, item in {**place.get("env", {}), **mark}.items()]
+    return {"executable": "/usr/bin/env",
+            "arguments": [*variables, spec["executable"], *spec.get("arguments", ())],
+            "task_backend_specific_kwargs": {
+                **{name: item for name, item in place.items() if name != "env"},
+                "cwd": _expand(place.get("cwd", "~"))}}
+
+
+def _translate_dragon(spec: Dict[str, Any], place: Dict[str, Any],
+                      mark: Dict[str, str]) -> Dict[str, Any]:
+    """Return what dragon needs: a process template, one for each rank."""
+    template = {"cwd": _expand(place.get("cwd", "~")),
+                "env": {**os.environ, **place.get("env", {}), **mark}}
+    ranks = spec.get("ranks", 1)
+    kind = {"process_templates": [(ranks, template)]} if ranks > 1 else \
+        {"process_template": template}
+    rest = {name: item for name, item in place.items() if name not in ("cwd", "env")}
+    program = shutil.which(spec["executable"]) or spec["executable"]
+    return {"executable": program, "task_backend_specific_kwargs": {**kind, **rest}}
+
+
+def _translate_pilot(spec: Dict[str, Any], place: Dict[str, Any],
+                     mark: Dict[str, str]) -> Dict[str, Any]:
+    """Return what radical.pilot needs: the names of its task descriptions."""
+    rest = {name: item for name, item in place.items() if name not in ("cwd", "env")}
+    where = {"sandbox": _expand(place["cwd"])} if "cwd" in place else {}
+    return {"task_backend_specific_kwargs": {
+        "environment": {**place.get("env", {}), **mark}, "ranks": spec.get("ranks", 1), **where,
+        **rest}}
+
+
+_TRANSLATE = {"dask": _translate_dask, "dragon": _translate_dragon,
+              "radical_pilot": _translate_pilot}
+
+
+def _expand(directory: str) -> str:
+    home = os.path.expanduser("~")
+    return os.path.join(home, os.path.expanduser(directory))
+
+
+def _backend_arguments(name: str, host: TaskHost) -> Tuple[Any, ...]:
+    """Return the arguments of a backend's constructor: the session's options, and our defaults."""
+    options = host.settings["options"]
+    if name == "dask":
+        import cloudpickle
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])   # workers know no plugins.py
+        if "address" in options:
+            return (options,)
+        return ({"dashboard_address": None, "local_directory": str(host.folder / "dask"),
+                 **options},)
+    if name == "radical_pilot":
+        return ({"resource": "local.localhost", "runtime": 60, "cores": os.cpu_count() or 1,
+                 "sandbox": str(host.folder), **options, "exit_on_error": False},)
+    return (options,) if options and name == "dragon" else ()
+
+
+# -- which backends there are
+
+_NEEDS = {"concurrent": ("rhapsody",), "noop": ("rhapsody",), "dask": ("rhapsody", "distributed"),
+          "dragon": ("rhapsody", "dragon", "flask"),
+          "radical_pilot": ("rhapsody", "radical.pilot")}
+_PACKAGES = {"rhapsody": "rhapsody-py", "distributed": "'dask[distributed]'",
+             "dragon": "dragonhpc", "flask": "flask gunicorn", "radical.pilot": "radical.pilot"}
+BACKENDS = (LOCAL_BACKEND, *_NEEDS)
+
+
+def find_missing(backend: str) -> Optional[str]:
+    """Return why a backend cannot be used here, and what to do; None when it can. Blocks."""
+    missing = [package for package in _NEEDS.get(backend, ()) if not _is_installed(package)]
+    if "dragon" in missing and sys.version_info < (3, 11):
+        return "dragonhpc needs Python 3.11 or later on the edge"
+    if missing:
+        packages = " ".join(_PACKAGES[package] for package in missing)
+        return f"{' and '.join(missing)} cannot be imported: pip install {packages} on the edge"
+    if backend == "dragon" and _find_dragon() is None:
+        return "the program `dragon` is not beside the edge's Python nor on the PATH"
+    return None
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):             # a parent package is missing
+        return False
+
+
+def _find_dragon() -> Optional[str]:
+    beside = os.path.join(os.path.dirname(sys.executable), "dragon")
+    return beside if os.access(beside, os.X_OK) else shutil.which("dragon")
+
+
+def default_backend() -> str:
+    """Return the backend of a session that names none: "concurrent" where rhapsody-py is."""
+    return "concurrent" if find_missing("concurrent") is None else LOCAL_BACKEND
+
+
+def parse_backends(value: Any) -> List[Dict[str, Any]]:
+    """Return [{"name", "options"}] of register_session's `backends`: names, or such objects.
+
+    None and [] stand for the default. Raises Unprocessable for a name there is not, and
+    NotInstalled, with what to do, for one that cannot be used here. Blocks.
+    """
+    if value is not None and not isinstance(value, list):
+        raise Unprocessable("backends: must be a list of names, such as ['local']")
+    found: Dict[str, Dict[str, Any]] = {}
+    for item in value or [default_backend()]:
+        entry = item if isinstance(item, dict) else {"name": item}
+        name, options = entry.get("name"), entry.get("options", {})
+        if set(entry) - {"name", "options"} or not isinstance(options, dict):
+            raise Unprocessable('backends: an object is {"name": ..., "options": {...}}')
+        name = BACKEND_ALIASES.get(name, name) if isinstance(name, str) else name
+        if name not in BACKENDS:
+            raise Unprocessable(f"backends: there is no {str(name)[:80]!r}; there are "
+                                f"{', '.join(BACKENDS)}")
+        missing = find_missing(name)
+        if missing:
+            raise NotInstalled(f"backends: {name!r} cannot be used: {missing}")
+        found[name] = {"name": name, "options": options}
+    return list(found.values())
+
+
+# -- the edge's end of a task host
+
+class BackendLink:
+    """A backend of a session, seen from the edge: starts its task host, or finds it again.
+
+    folder: where the host's log, settings and output are. on_taken, on_ended, on_running and
+    on_state are called on the session's loop, in the order in which things happened.
+    """
+
+    def __init__(self, session: "RhapsodySession", name: str, options: Dict[str, Any],
+                 folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self._session, self._options = session, options
+        self.state, self.error = "initializing", None
+        self.next_number = 0                      # of a task; it names the files with its output
+        self._calls: Dict[int, "asyncio.Future[Dict[str, Any]]"] = {}    # by the message's id
+        self._next = 0
+        self._writer: Optional[asyncio.StreamWriter] = None
+        self._process: Optional["subprocess.Popen[bytes]"] = None
+        self._mark = ""
+        self._reading: Optional["asyncio.Task[None]"] = None
+        self._opened = asyncio.Event()            # set once the host says ready or failed
+        self._closing = False
+
+    @property
+    def log(self) -> Path:
+        """The host's log."""
+        return self.folder / "tasks.log"
+
+    async def connect(self) -> bool:
+        """Find the host of an earlier edge; False, and its remains ended, when it is gone."""
+        settings = _json_object(await asyncio.to_thread(_read, str(self.folder / "settings.json")))
+        self._mark = settings.get("mark", "")
+        if not settings:
+            return False
+        if settings.get("host") == os.uname().nodename:
+            with contextlib.suppress(OSError):
+                await self._dial(settings["address"])
+                return True
+        await asyncio.to_thread(end_marked, _HOST_MARK, self._mark, 0.0)
+        return False
+
+    async def launch(self) -> None:
+        """Start a host, and return once it is there; on_state tells when it is ready.
+
+        Raises Unavailable when it does not come up.
+        """
+        settings = {"address": make_address(), "backend": self.name, "options": self._options,
+                    "mark": secrets.token_hex(12), "host": os.uname().nodename,
+                    "limit": self._session.task_limit, "allow_pickle": self._session.allow_pickle}
+        self._mark = settings["mark"]
+        self._process = await asyncio.to_thread(self._spawn, settings)
+        end = time.monotonic() + HOST_START_S * (4 if self.name == "dragon" else 1)
+        while True:
+            with contextlib.suppress(OSError):
+                await self._dial(settings["address"])
+                return
+            if self._process.poll() is not None or time.monotonic() > end:
+                tail = await asyncio.to_thread(read_tail, self.folder / "host.log", 2000)
+                raise Unavailable(f"the task host did not start: {tail.strip() or 'no reason'}")
+            await asyncio.sleep(0.02)
+
+    async def wait_opened(self) -> None:
+        """Wait until the backend is ready or has failed."""
+        await self._opened.wait()
+
+    async def call(self, op: str, *, patience: float = HOST_CALL_S,
+                   **message: Any) -> Dict[str, Any]:
+        """Return the host's answer. Raises Unavailable when there is none, and what it refuses."""
+        if self._writer is None:
+            raise Unavailable(f"the backend {self.name!r} is not running")
+        self._next += 1
+        number = self._next
+        future = self._calls[number] = asyncio.get_running_loop().create_future()
+        data = encode_json({"op": op, "id": number, **message}).encode(errors="replace")
+        self._writer.write(data + b"\n")
+        try:
+            answer = await asyncio.wait_for(asyncio.shield(future), patience)
+        except asyncio.TimeoutError:
+            raise Unavailable(f"the backend {self.name!r} did not answer within {patience:.0f} s: "
+                              "look again") from None
+        finally:
+            self._calls.pop(number, None)
+        if "error" in answer:
+            kind = Unprocessable if answer["status"] == 422 else Unavailable
+            raise kind(answer["error"])
+        return answer
+
+    def detach(self) -> None:
+        """Leave the host alone: it goes on without this edge."""
+        self._closing = True
+        if self._reading is not None:
+            self._reading.cancel()
+        if self._writer is not None:
+            self._writer.close()
+
+    async def close(self) -> None:
+        """End the host, its tasks, and whatever they have started."""
+        self._closing = True
+        with contextlib.suppress(EdgeError):
+            await self.call("close", patience=2.0)
+            if self._reading is not None:
+                await asyncio.wait([self._reading], timeout=2 * CLOSE_S)
+        if self._reading is not None:
+            self._reading.cancel()
+        if self._writer is not None:
+            self._writer.close()
+        await asyncio.to_thread(self._end_all)
+
+    # -- inside
+
+    def _spawn(self, settings: Dict[str, Any]) -> "subprocess.Popen[bytes]":
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_private(self.folder / "settings.json", json.dumps(settings))
+        write_private(self.folder / "host.py", _HOST_PROGRAM.format(
+            directory=str(Path(__file__).resolve().parent)))
+        command = [sys.executable, str(self.folder / "host.py"), str(self.folder)]
+        environment = {**_clean_environment(), _HOST_MARK: settings["mark"]}
+        if self.name == "dragon":             # it starts Python itself
+            command = [_find_dragon() or "dragon", "-s", *command]
+        if self.name in ("dragon", "radical_pilot"):
+            environment.update(_activated_environment())
+        if self.name == "radical_pilot":
+            environment["RADICAL_BASE"] = str(self.folder)
+        with open(self.folder / "host.log", "ab") as trouble:
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=trouble,
+                                    stderr=trouble, start_new_session=True, cwd=self.folder,
+                                    env=environment)
+
+    async def _dial(self, address: str) -> None:
+        reader, writer = await asyncio.open_unix_connection(address, limit=MAX_HOST_LINE)
+        if not _is_own_peer(writer):
+            writer.close()
+            raise OSError("the socket is another user's")
+        hello = json.loads(await asyncio.wait_for(reader.readline(), HOST_CALL_S) or b"{}")
+        if "hello" not in hello:
+            raise OSError("the task host has just ended")
+        self._writer = writer
+        self._on_message({**hello["hello"], "ended": []})
+        self._reading = asyncio.ensure_future(self._read(reader, writer))
+
+    async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                line = await reader.readline()
+                if not line.endswith(b"\n"):
+                    break
+                self._on_message(json.loads(line))
+        except OSError:
+            pass
+        finally:
+            writer.close()
+            self._writer = None
+            for future in self._calls.values():
+                if not future.done():
+                    future.set_result({"status": 503, "error": f"the backend {self.name!r} ended "
+                                       "before it answered"})
+        if not self._closing:
+            await self._on_lost()
+
+    def _on_message(self, message: Dict[str, Any]) -> None:
+        if "taken" in message:
+            self._session.on_taken(self, message["taken"])
+        if "id" in message:
+            future = self._calls.get(message["id"])
+            if future is not None and not future.done():
+                future.set_result(message)
+        if message.get("running") or message.get("ended"):
+            self._session.on_progress(self, message.get("running", ()), message.get("ended", ()))
+        if "state" in message:
+            self.state, self.error = message["state"], message.get("error")
+            if self.state != "initializing":
+                self._opened.set()
+                self._session.on_state(self)
+
+    async def _on_lost(self) -> None:
+        """The host has died: say so of its tasks, end what it left, and start another."""
+        log_tasks.error("%s: the task host of %s has died", self._session.sid, self.name)
+        was_ready, self.state, self.error = self.state == "ready", "failed", "its process has died"
+        self._opened.set()
+        await asyncio.to_thread(self._end_all)
+        await self._session.on_host_lost(self)
+        if was_ready and not self._closing:
+            self.state, self.error = "initializing", None
+            self._opened.clear()
+            try:
+                await self.launch()
+            except EdgeError as error:
+                self.state, self.error = "failed", error.detail
+                self._opened.set()
+                self._session.on_state(self)
+
+    def _end_all(self) -> None:
+        """End what the host and its tasks have left, and reap the host. Blocks."""
+        end_marked(_HOST_MARK, self._mark, 1.0)
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(GRACE_S)
+
+
+_HOST_PROGRAM = """\
+import sys
+sys.path[0] = {directory!r}
+import plugins
+sys.path.append(sys.path.pop(0))      # behind what the user has installed
+if __name__ == "__main__":            # multiprocessing imports this file in its children
+    plugins.run_task_host(sys.argv[1])
+"""
+
+
+def _activated_environment() -> Dict[str, str]:
+    """Return what activating the edge's virtual environment would set."""
+    beside = os.path.dirname(sys.executable)
+    return {"VIRTUAL_ENV": os.path.dirname(beside),
+            "PATH": os.pathsep.join([beside, os.environ.get("PATH", os.defpath)])}
+
+
+# -- session, client, plugin
+
+class TaskRecord:
+    """What a session keeps of a task in memory; all else is in the host's log."""
+
+    __slots__ = ("uid", "link", "number", "key", "described", "state", "exit_code", "ended")
+
+    def __init__(self, uid: str, link: BackendLink, number: int, key: Optional[str],
+                 described: Tuple[int, int]) -> None:
+        self.uid, self.link, self.number, self.key = uid, link, number, key
+        self.described = described                # (offset, size) of its description in the log
+        self.state = "QUEUED"
+        self.exit_code: Optional[int] = None
+        self.ended: Optional[Tuple[int, int]] = None             # of its end
+
+    def describe(self) -> Dict[str, Any]:
+        """Return what the table knows."""
+        return {"uid": self.uid, "state": self.state, "exit_code": self.exit_code,
+                "backend": self.link.name}
+
+
+class _TaskWaiter:
+    """Somebody who waits for tasks to end."""
+
+    def __init__(self, pending: Set[str]) -> None:
+        self.pending = pending
+        self.done = asyncio.Event()
+
+
+_TOLD = ("uid", "state", "exit_code", "return_value", "_return_value_encoding", "error",
+         "exception", "traceback", "reason", "return_value_omitted")
+
+
+class _TaskNews:
+    """Tells of tasks: what begins at once, what ends in batches, one flush pending at a time."""
+
+    def __init__(self, session: "RhapsodySession", window: float, items: int) -> None:
+        self._session, self._window, self._items = session, window, items
+        self._waiting: List[Dict[str, Any]] = []
+        self._bytes = 0
+        self._pending: Optional[asyncio.TimerHandle] = None
+
+    def on_running(self, uids: List[str]) -> None:
+        """Tell that tasks run."""
+        for at in range(0, len(uids), NOTIFY_ITEMS):
+            self._tell([{"uid": uid, "state": "RUNNING"} for uid in uids[at:at + NOTIFY_ITEMS]])
+
+    def on_end(self, entry: Dict[str, Any], size: int) -> None:
+        """Tell that a task has ended, soon. size: of the entry, in bytes."""
+        if self._waiting and self._bytes + size > NOTIFY_BYTES:
+            self.flush()
+        self._waiting.append({name: entry[name] for name in _TOLD if name in entry})
+        self._bytes += size
+        if len(self._waiting) >= self._items:
+            self.flush()
+        elif self._pending is None:
+            loop = asyncio.get_running_loop()
+            self._pending = loop.call_later(self._window, self.flush)
+
+    def flush(self) -> None:
+        """Tell now what waits."""
+        if self._pending is not None:
+            self._pending.cancel()
+            self._pending = None
+        waiting, self._waiting, self._bytes = self._waiting, [], 0
+        if waiting:
+            self._tell(waiting)
+            self._session.on_told()
+
+    def _tell(self, tasks: List[Dict[str, Any]]) -> None:
+        if len(tasks) == 1:
+            self._session.notify("task_status", {"sid": self._session.sid, **tasks[0]})
+        else:
+            self._session.notify("task_status_batch", {"sid": self._session.sid, "tasks": tasks})
+
+
+class RhapsodySession(PluginSession):
+    """The tasks of one client, on one or more backends. They outlive the edge.
+
+    backend_names: names or {"name", "options"} objects; the first is the default of tasks. What a
+    session keeps is under its folder: each backend's log, settings and output.
+    """
+
+    task_limit = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else \
+        os.cpu_count() or 1
+    allow_pickle = False
+
+    def __init__(self, sid: str, backend_names: Optional[List[Any]] = None, *,
+                 notify_batch_window: float = NOTIFY_WINDOW_S,
+                 notify_batch_size: int = NOTIFY_ITEMS) -> None:
+        super().__init__(sid)
+        self._wanted = backend_names
+        self._links: Dict[str, BackendLink] = {}  # by the backend's name
+        self._records: Dict[str, TaskRecord] = {}                # by uid, the oldest first
+        self._live: Dict[str, TaskRecord] = {}    # those that have not ended
+        self._reserved: Dict[str, Optional[str]] = {}            # uids being submitted, their key
+        self._waiters: Set[_TaskWaiter] = set()
+        self._news = _TaskNews(self, notify_batch_window, notify_batch_size)
+        self._read_to: Dict[str, int] = {}        # how far each log was read, by backend
+        self._told: Dict[str, int] = {}           # how far its ends were told, likewise
+        self._telling: Optional["asyncio.Task[None]"] = None
+        self._opening: Optional["asyncio.Task[None]"] = None
+        self._usable = False                      # whether it ever was ready
+        self._status: Tuple[str, Optional[str]] = ("initializing", None)         # as last told
+
+    @property
+    def folder(self) -> Path:
+        """Where all that is kept of the session lies."""
+        return self._plugin.state_dir / "tasks" / self.sid
+
+    # -- life
+
+    async def start(self) -> None:
+        """Begin to initialize; `session_status` tells how that ends."""
+        self._opening = asyncio.ensure_future(self._open_all())
+
+    async def initialize(self) -> None:
+        """Return once the backends are ready. Raises Unavailable with the reason if one is not."""
+        if self._opening is None:
+            await self.start()
+        await asyncio.shield(self._opening)
+        for link in self._links.values():
+            await link.wait_opened()
+        self._check_ready()
+
+    async def _open_all(self) -> None:
+        for entry in await asyncio.to_thread(parse_backends, self._wanted):
+            name = entry["name"]
+            self._links[name] = BackendLink(self, name, entry["options"], self.folder / name)
+        await asyncio.gather(*[self._open(link) for link in self._links.values()])
+
+    async def _open(self, link: BackendLink) -> None:
+        """Find a backend's tasks of earlier processes, and its host, or start one."""
+        self._told[link.name] = await asyncio.to_thread(_read_told, link.folder)
+        await self._load(link)
+        if self._records:
+            self._usable = True                   # the session was ready before the edge ended
+        try:
+            if not await link.connect():
+                await self._settle(link, EDGE_RESTART, "the edge was restarted, and the task's "
+                                   "host was gone; how the task ended is not known")
+                await link.launch()
+            await self._load(link)                # what was written until it was connected
+        except EdgeError as error:
+            link.state, link.error = "failed", error.detail
+            link._opened.set()
+            self.on_state(link)
+
+    async def close(self) -> Dict[str, Any]:
+        """End all tasks and backends, and delete what was kept of them."""
+        await super().close()
+        if self._opening is not None and not self._opening.done():
+            self._opening.cancel()
+        await asyncio.gather(*[link.close() for link in self._links.values()])
+        self._news.flush()
+        if self._telling is not None:
+            self._telling.cancel()
+        for waiter in self._waiters:
+            waiter.done.set()
+        await asyncio.to_thread(shutil.rmtree, self.folder, True)
+        return {}
+
+    def detach(self) -> None:
+        """Leave the tasks alone: the edge ends, they go on."""
+        self._news.flush()
+        if self._opening is not None:
+            self._opening.cancel()
+        for link in self._links.values():
+            link.detach()
+
+    def is_busy(self) -> bool:
+        """A session with live tasks does not expire."""
+        return bool(self._live or self._reserved)
+
+    def get_status(self) -> Dict[str, Any]:
+        """Return {"sid", "status", "error", "backends"}: initializing, ready or failed."""
+        links = list(self._links.values())
+        failed = [f"{link.name}: {link.error}" for link in links if link.state == "failed"]
+        waiting = not links or any(link.state == "initializing" for link in links)
+        status = "failed" if failed else "initializing" if waiting else "ready"
+        return {"sid": self.sid, "status": status, "error": "; ".join(failed) or None,
+                "backends": [{"name": link.name, "status": link.state, "error": link.error}
+                             for link in links]}
+
+    # -- tasks
+
+    async def submit_tasks(self, task_dicts: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+        """Submit tasks, all or none; return [{"uid", "state"}]. See parse_task()."""
+        return await self.submit({"tasks": task_dicts}, None)
+
+    async def submit(self, body: Any, key: Optional[str]) -> List[Dict[str, Any]]:
+        """Submit what parse_submission() takes, all or none; return [{"uid", "state"}].
+
+        key: what the client calls this submission. A second one with the same key runs nothing a
+        second time, even when the edge was killed in between. Raises Conflict for uids that are
+        taken, and before the session is ready.
+        """
+        self._check_active()
+        self._check_ready()
+        policy = TaskPolicy(self.allow_pickle, tuple(self._links))
+        digest = hashlib.sha256(f"{self.sid} {key}".encode()).hexdigest()[:24] if key else None
+        seed = digest or secrets.token_hex(12)
+        submission = await asyncio.to_thread(
+            parse_submission, body, policy,
+            lambda index: f"task.{hashlib.sha256(f'{seed} {index}'.encode()).hexdigest()[:16]}")
+        fresh = self._drop_repeated(submission, digest)
+        if fresh.uids:
+            self._reserved.update(dict.fromkeys(fresh.uids, digest))
+            await asyncio.shield(asyncio.ensure_future(self._hand_over(fresh, digest)))
+        return [{"uid": uid, "state": self._records[uid].state} for uid in submission.uids]
+
+    async def wait_tasks(self, uids: List[str],
+                         timeout: Optional[float] = None) -> List[Dict[str, Any]]:
+        """Return the tasks once they have ended, or as they are after `timeout` seconds.
+
+        An unknown uid is reported as {"uid", "state": "UNKNOWN"}. Raises NotFound when all are.
+        """
+        return json.loads(await self.wait(uids, timeout))
+
+    async def wait(self, uids: Optional[List[str]], timeout: Optional[float]) -> bytes:
+        """Return what wait_tasks() does, as JSON text. uids: None for all."""
+        self._check_active()
+        self._check_usable()
+        wanted = list(self._records) if uids is None else uids
+        if wanted and not any(uid in self._records for uid in wanted):
+            raise NotFound(f"there is no task {wanted[0][:80]!r} in this session: see list_tasks")
+        pending = {uid for uid in wanted if uid in self._live}
+        if pending:
+            waiter = _TaskWaiter(pending)
+            self._waiters.add(waiter)
+            try:
+                await asyncio.wait_for(waiter.done.wait(), timeout)
+            except asyncio.TimeoutError:
+                pass
+            finally:
+                self._waiters.discard(waiter)
+        self._check_active()
+        known = [self._records.get(uid) or uid for uid in wanted]
+        return await asyncio.to_thread(_encode_states, known)
+
+    async def list_tasks(self, offset: int = 0, limit: int = 1000) -> Dict[str, Any]:
+        """Return {"tasks": [...], "total", "next_offset"}, the oldest first, without output.
+
+        next_offset: where the next page begins, None after the last one.
+        """
+        self._check_usable()
+        total = len(self._records)
+        page = list(itertools.islice(self._records.values(), offset, offset + limit))
+        end = offset + len(page)
+        tasks = await asyncio.to_thread(_describe_records, page)
+        return {"tasks": tasks, "total": total, "next_offset": end if end < total else None}
+
+    async def get_task(self, uid: str, stdout_offset: Optional[int] = None,
+                       stderr_offset: Optional[int] = None) -> Dict[str, Any]:
+        """Return a task: description, state, result, and output.
+
+        Of the output the last MAX_OUTPUT_TAIL bytes; or, with offsets in bytes, up to MAX_READ from
+        there on, and in stdout_offset and stderr_offset where to read on.
+        """
+        record = self._find(uid)
+        return await asyncio.to_thread(_describe_whole_task, record, record.describe(),
+                                       {"stdout": stdout_offset, "stderr": stderr_offset})
+
+    async def cancel_task(self, uid: str) -> Dict[str, Any]:
+        """End a task and its processes; return {"uid", "status": "canceled"}.
+
+        Raises Conflict when it has ended already, or when its backend cannot end it.
+        """
+        record = self._find(uid)
+        if record.state not in TASK_FINAL_STATES:
+            answer = await record.link.call("cancel", uids=[uid])
+            if uid in answer["refused"]:
+                raise Conflict(answer["refused"][uid])
+        if record.uid in self._live:
+            raise Unavailable("the task was told to end and has not yet: look again")
+        if record.state != "CANCELED":
+            raise Conflict(f"the task has ended already: it is {record.state}")
+        return {"uid": uid, "status": "canceled"}
+
+    async def cancel_all(self) -> Dict[str, Any]:
+        """End all tasks; return {"canceled": how many, "refused": {uid: why not}}."""
+        self._check_usable()
+        chosen = list(self._live.values())
+        refused: Dict[str, str] = {}
+        for link in self._links.values():
+            uids = [record.uid for record in chosen if record.link is link]
+            if uids:
+                refused.update((await link.call("cancel", uids=uids))["refused"])
+        canceled = sum(record.state == "CANCELED" for record in chosen)
+        return {"canceled": canceled, **({"refused": refused} if refused else {})}
+
+    async def get_statistics(self) -> Dict[str, Any]:
+        """Return {"tasks", "live", "states": {state: n}, "backends": {name: {state: n}}, "status"}.
+
+        tasks: how many there are; live: how many of them have not ended.
+        """
+        self._check_usable()
+        states: Dict[str, int] = collections.Counter()
+        backends: Dict[str, Dict[str, int]] = {name: collections.Counter() for name in self._links}
+        for record in self._records.values():
+            states[record.state] += 1
+            backends[record.link.name][record.state] += 1
+        return {"tasks": len(self._records), "live": len(self._live), "states": states,
+                "backends": backends, "status": self.get_status()["status"]}
+
+    # -- for links
+
+    def on_taken(self, link: BackendLink, taken: List[List[Any]],
+                 key: Optional[str] = None) -> None:
+        """Take notice that a host has tasks: [uid, number, offset, size] each."""
+        for uid, number, offset, size in taken:
+            link.next_number = max(link.next_number, number + 1)
+            if uid not in self._records:
+                record = TaskRecord(uid, link, number, self._reserved.pop(uid, key),
+                                    (offset, size))
+                self._records[uid] = self._live[uid] = record
+
+    def on_progress(self, link: BackendLink, running: Iterable[str],
+                    ended: Iterable[List[Any]]) -> None:
+        """Take notice of tasks that run, and of ends: [offset, size, entry] each."""
+        begun = [uid for uid in running if uid in self._live and
+                 self._live[uid].state != "RUNNING"]
+        for uid in begun:
+            self._live[uid].state = "RUNNING"
+        if begun:
+            self._news.on_running(begun)
+        for offset, size, entry in ended:
+            record = self._live.pop(entry["uid"], None)
+            if record is None:
+                continue                          # it was in the log that was read meanwhile
+            record.state, record.exit_code = entry["state"], entry.get("exit_code")
+            record.ended = (offset, size)
+            self._told_up_to(link, offset + size)
+            self._news.on_end(entry, min(size, MAX_EVENT))
+            for waiter in self._waiters:
+                waiter.pending.discard(record.uid)
+                if not waiter.pending:
+                    waiter.done.set()
+
+    def on_state(self, link: BackendLink) -> None:
+        """Tell of the session's status when it has changed."""
+        status = self.get_status()
+        self._usable = self._usable or status["status"] == "ready"
+        told = status["status"], status["error"]
+        if told == self._status or status["status"] == "initializing":
+            return
+        self._status = told
+        self.notify("session_status", {"sid": self.sid, "status": told[0],
+                                       **({"error": told[1]} if told[1] else {})})
+
+    async def on_host_lost(self, link: BackendLink) -> None:
+        """Settle the tasks of a host that has died."""
+        await self._load(link)
+        await self._settle(link, "host_died", "the process that ran the session's tasks has died")
+
+    def on_told(self) -> None:
+        """Write down how far the ends of tasks were told; a later edge tells the rest."""
+        if self._telling is None or self._telling.done():
+            self._telling = asyncio.ensure_future(self._write_told())
+
+    # -- inside
+
+    def _check_usable(self) -> None:
+        self._check_active()
+        if not self._usable:
+            self._check_ready()
+
+    def _check_ready(self) -> None:
+        status = self.get_status()
+        if status["status"] == "initializing":
+            raise Conflict("session is still initializing: try again, or wait for session_status")
+        if status["status"] == "failed":
+            raise Unavailable(f"the session could not be initialized: {status['error']}")
+
+    def _find(self, uid: str) -> TaskRecord:
+        self._check_usable()
+        record = self._records.get(uid)
+        if record is None:
+            raise NotFound(f"there is no task {uid[:80]!r} in this session: see list_tasks")
+        return record
+
+    def _drop_repeated(self, submission: Submission, key: Optional[str]) -> Submission:
+        """Return what of a submission is new. Raises Conflict when a uid is another's."""
+        if len(self._records) + len(self._reserved) + len(submission.uids) > MAX_TASKS:
+            raise Conflict(f"a session has at most {MAX_TASKS} tasks: register another")
+        taken = []
+        for uid in submission.uids:
+            record = self._records.get(uid)
+            if uid in self._reserved or record is not None and (key is None or record.key != key):
+                taken.append(uid)
+        if taken:
+            raise Conflict(f"uid: {', '.join(taken[:5])}{' ...' if taken[5:] else ''}: there is "
+                           f"such a task already, so that none of the {len(submission.uids)} was "
+                           "submitted")
+        fresh = [index for index, uid in enumerate(submission.uids) if uid not in self._records]
+        tasks = submission.tasks if len(submission.tasks) == 1 else \
+            [submission.tasks[index] for index in fresh]
+        return Submission(tasks, [submission.uids[index] for index in fresh])
+
+    async def _hand_over(self, submission: Submission, key: Optional[str]) -> None:
+        """Give tasks to their hosts: none of them, unless each host finds its part right."""
+        try:
+            names = {task["backend"] for task in submission.tasks}
+            parts = [(self._links[name], submission.select(name)) for name in names]
+            if len(parts) > 1:
+                for link, part in parts:
+                    await link.call("check", functions=_list_functions(part.tasks),
+                                    tasks=part.tasks)
+            for link, part in parts:
+                first, link.next_number = link.next_number, link.next_number + len(part.uids)
+                await link.call("submit", tasks=part.tasks, uids=part.uids, key=key, first=first,
+                                functions=_list_functions(part.tasks))
+        finally:
+            for uid in submission.uids:
+                self._reserved.pop(uid, None)
+
+    async def _load(self, link: BackendLink) -> None:
+        """Read on in a backend's log."""
+        start = self._read_to.get(link.name, 0)
+        for offset, size, value in await asyncio.to_thread(
+                lambda: list(read_log(link.log, start))):
+            if "taken" in value:
+                self.on_taken(link, value["taken"], value.get("key"))
+            else:
+                told = offset < self._told.get(link.name, 0)
+                self._apply_end(link, offset, size, value, told)
+            self._read_to[link.name] = offset + size
+
+    def _apply_end(self, link: BackendLink, offset: int, size: int, entry: Dict[str, Any],
+                   told: bool) -> None:
+        if not told:
+            self.on_progress(link, (), [[offset, size, _shorten_end(entry, size)]])
+            return
+        record = self._live.pop(entry["uid"], None)
+        if record is not None:
+            record.state, record.exit_code = entry["state"], entry.get("exit_code")
+            record.ended = (offset, size)
+
+    async def _settle(self, link: BackendLink, reason: str, error: str) -> None:
+        """Say of all live tasks of a host that is gone that they have failed."""
+        lost = [record for record in self._live.values() if record.link is link]
+        if lost:
+            entries = [{"uid": record.uid, "state": "FAILED", "exit_code": None, "error": error,
+                        "reason": reason, "time": time.time()} for record in lost]
+            places = await asyncio.to_thread(_append_to_log, link.log, entries)
+            self.on_progress(link, (), [[*place, entry] for place, entry in zip(places, entries)])
+
+    def _told_up_to(self, link: BackendLink, offset: int) -> None:
+        self._told[link.name] = max(self._told.get(link.name, 0), offset)
+
+    async def _write_told(self) -> None:
+        told = dict(self._told)
+        with contextlib.suppress(OSError):        # then some ends are told once more
+            await asyncio.to_thread(_write_told, self.folder, told)
+
+
+def _list_functions(tasks: List[Dict[str, Any]]) -> List[str]:
+    return sorted({task["function"] for task in tasks
+                   if "function" in task and not task["function"].startswith(PICKLED)})
+
+
+def _append_to_log(path: Path, entries: List[Dict[str, Any]]) -> List[Tuple[int, int]]:
+    log = TaskLog(path)
+    try:
+        return log.append(entries)
+    finally:
+        log.close()
+
+
+def _read_told(folder: Path) -> int:
+    text = _read(str(folder / "told"), 40).strip()
+    return int(text) if text.isdigit() else 0
+
+
+def _write_told(folder: Path, told: Dict[str, int]) -> None:
+    for name, offset in told.items():
+        (folder / name / "told").write_text(f"{offset}\n", encoding="ascii")
+
+
+def _encode_states(records: List[Union[TaskRecord, str]]) -> bytes:
+    """Return a JSON list of tasks' states and results; the log's own lines, where they have ended.
+
+    records: a uid stands for a task that is not known. Blocks.
+    """
+    pieces, room, files = [], MAX_REPLY, {}
+    try:
+        for record in records:
+            if isinstance(record, str):
+                pieces.append(encode_json({"uid": record[:200], "state": "UNKNOWN",
+                                           "error": "there is no such task"}).encode())
+                continue
+            if record.ended is None:
+                pieces.append(encode_json(record.describe()).encode())
+                continue
+            if record.link.log not in files:
+                files[record.link.log] = os.open(record.link.log, os.O_RDONLY)
+            line = os.pread(files[record.link.log], record.ended[1], record.ended[0])
+            room -= len(line)
+            if room < 0 or len(line) > MAX_REPLY // 2:
+                entry = _shorten_end(_json_object(line.decode()), len(line))
+                line = encode_json(entry).encode()
+            pieces.append(line.rstrip(b"\n"))
+    finally:
+        for descriptor in files.values():
+            os.close(descriptor)
+    return b"[" + b",".join(pieces) + b"]"
+
+
+def _describe_records(records: List[TaskRecord]) -> List[Dict[str, Any]]:
+    """Return what list_tasks says of tasks. Blocks."""
+    described: Dict[Tuple[Path, int], Dict[str, Any]] = {}
+    found = []
+    for record in records:
+        place = record.link.log, record.described[0]
+        if place not in described:
+            task = read_entry(record.link.log, record.described)
+            described[place] = {name: task[name] for name in ("name", "executable", "function",
+                                                              "arguments") if name in task}
+            if len(str(described[place])) > 2 * MAX_ERROR:       # a pickle, or very many arguments
+                described[place] = {name: str(item)[:80] + " ..." for name, item in
+                                    described[place].items()}
+        found.append({**record.describe(), **described[place]})
+    return found
+
+
+def _describe_whole_task(record: TaskRecord, state: Dict[str, Any],
+                         offsets: Dict[str, Optional[int]]) -> Dict[str, Any]:
+    """Return all there is to say of a task. Blocks."""
+    task = read_entry(record.link.log, record.described)
+    ended = read_entry(record.link.log, record.ended) if record.ended else {}
+    whole = {**task, "return_value": None, "error": None, **ended, **state}
+    for name, offset in offsets.items():
+        path = output_path(record.link.folder, record.number, name)
+        with contextlib.suppress(OSError):
+            whole[f"{name}_size"] = os.stat(path).st_size
+        whole.setdefault(f"{name}_size", 0)
+        if offset is None:
+            whole[name] = read_tail(path, MAX_OUTPUT_TAIL)
+            continue
+        text, after, _ = read_output(path, offset, complete=record.ended is not None)
+        whole.update({name: text, f"{name}_offset": after})
+    return whole
+
+
+class RhapsodyClient(PluginClient):
+    """A program's access to the tasks of one session. Any thread may use it."""
+
+    MAX_AT_ONCE = 4                               # requests with tasks
+
+    def __init__(self, http_client: Any, base_url: str, bridge_client: Any = None,
+                 edge_id: Optional[str] = None, plugin_name: Optional[str] = None) -> None:
+        super().__init__(http_client, base_url, bridge_client, edge_id, plugin_name)
+        self._nonce = secrets.token_hex(8)        # with the tasks, it names a submission
+
+    def register_session(self, backends: Optional[List[Any]] = None, **options: Any) -> None:
+        """Make a session, and return once its backends are ready.
+
+        backends: names, such as ["local"], or {"name", "options"} objects; the first is the default
+        of tasks. options: notify_batch_window, in seconds, and notify_batch_size.
+        Raises EdgeError with the reason when a backend cannot be used.
+        """
+        super().register_session(backends=backends, **options)
+        self._wait_ready()
+
+    def submit_tasks(self, task_dicts: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+        """Submit tasks; return [{"uid", "state"}] in their order. See parse_task() for the fields.
+
+        A task without uid gets one. Functions that are callables are pickled, which the edge must
+        allow. Many tasks go in several requests, each of which is taken whole or not at all: what
+        one of them raises says how many were. Calling it again after Unavailable, with the same
+        uids, runs none of them twice.
+        """
+        tasks = [encode_task(task) for task in task_dicts]
+        if not tasks:
+            return []
+        bodies = list(cut_submission(tasks))
+        with concurrent.futures.ThreadPoolExecutor(min(self.MAX_AT_ONCE, len(bodies))) as pool:
+            futures = [pool.submit(self._submit, body) for body in bodies]
+        failed = [future.exception() for future in futures if future.exception() is not None]
+        if failed:
+            self._raise(failed, len(bodies))
+        return [state for future in futures for state in future.result()]
+
+    def wait_tasks(self, uids: List[str], timeout: Optional[float] = None) -> List[Dict[str, Any]]:
+        """Return the tasks, in the order of `uids`: once all have ended, or after `timeout` s.
+
+        Each has uid, state, exit_code, and return_value or error; get_task() has the output too.
+        The state of one that has not ended by then is QUEUED or RUNNING. It asks the edge, which
+        answers when there is something to say, and so does not depend on notifications.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        found: Dict[str, Dict[str, Any]] = {}
+        for at in range(0, len(uids), UIDS_IN_BATCH):
+            self._wait_some(uids[at:at + UIDS_IN_BATCH], end, found)
+        for uid, task in found.items():
+            if task.pop("return_value_omitted", False):
+                found[uid] = self.get_task(uid)
+        return [found[uid] for uid in uids]
+
+    def list_tasks(self) -> Dict[str, Any]:
+        """Return {"tasks": [...]} of this session, the oldest first, without output."""
+        tasks: List[Dict[str, Any]] = []
+        offset: Optional[int] = 0
+        while offset is not None:
+            page = self._get(f"list_tasks/{self._require_session()}", offset=offset,
+                             limit=MAX_LISTED)
+            tasks += page["tasks"]
+            offset = page["next_offset"]
+        return {"tasks": tasks}
+
+    def get_task(self, uid: str, stdout_offset: Optional[int] = None,
+                 stderr_offset: Optional[int] = None) -> Dict[str, Any]:
+        """Return a task with its result and the end of its output; see RhapsodySession.get_task."""
+        return self._get(f"task/{self._require_session()}/{uid}", stdout_offset=stdout_offset,
+                         stderr_offset=stderr_offset)
+
+    def cancel_task(self, uid: str) -> Dict[str, Any]:
+        """End a task; return {"uid", "status"}. Raises Conflict when it has ended already."""
+        return self._post(f"cancel/{self._require_session()}/{uid}")
+
+    def cancel_all(self) -> Dict[str, Any]:
+        """End all tasks of the session; return {"canceled": how many}."""
+        return self._post(f"cancel_all/{self._require_session()}")
+
+    def get_statistics(self) -> Dict[str, Any]:
+        """Return how many tasks are in which state."""
+        return self._get(f"statistics/{self._require_session()}")
+
+    def get_status(self) -> Dict[str, Any]:
+        """Return {"sid", "status", "error", "backends"} of the session."""
+        return self._get(f"session/{self._require_session()}")
+
+    def list_backends(self) -> Dict[str, Any]:
+        """Return {"default", "backends": {name: {"available", "reason"}}}. Needs no session."""
+        return self._get("backends")
+
+    # -- inside
+
+    def _wait_ready(self) -> None:
+        end, pause = time.monotonic() + BACKEND_START_S, 0.02
+        while True:
+            status = self.get_status()
+            if status["status"] == "ready":
+                return
+            if status["status"] == "failed" or time.monotonic() > end:
+                self.close()
+                raise Unavailable(f"the session is not ready: {status['error'] or 'it takes long'}")
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.5)
+
+    def _submit(self, body: bytes) -> List[Dict[str, Any]]:
+        path = self._url(f"submit/{self._require_session()}")
+        while True:
+            key = hashlib.sha256(self._nonce.encode() + body).hexdigest()[:32]
+            reply = self._http.post(path, content=body, headers={
+                "Content-Type": "application/json", "Idempotency-Key": key})
+            if not reply.is_error:
+                return reply.json()
+            if reply.status_code != 503:
+                self._nonce = secrets.token_hex(8)               # an answer: no retry of it
+            if reply.status_code != 409 or b"still initializing" not in reply.content:
+                reply.raise_for_status()
+            self._wait_ready()                    # the edge, or a backend, was just restarted
+
+    @staticmethod
+    def _raise(failed: List[BaseException], total: int) -> None:
+        first = failed[0]
+        if not isinstance(first, EdgeError):
+            raise first
+        if total > 1:
+            details = "; ".join(str(getattr(error, "detail", error)) for error in failed[:3])
+            first.detail = f"{len(failed)} of {total} requests with tasks failed: {details}"
+        raise first
+
+    def _wait_some(self, uids: List[str], end: Optional[float],
+                   found: Dict[str, Dict[str, Any]]) -> None:
+        left = uids
+        while left:
+            patience = WAIT_S if end is None else max(0.0, min(WAIT_S, end - time.monotonic()))
+            reply = self._http.post(
+                self._url(f"wait/{self._require_session()}"), json={"uids": left,
+                                                                    "timeout": patience},
+                headers={"Idempotency-Key": ""})  # it only reads: no answer need be kept
+            for task in reply.raise_for_status().json():
+                found[task["uid"]] = task
+            left = [uid for uid in left
+                    if found[uid]["state"] not in TASK_FINAL_STATES | {"UNKNOWN"}]
+            if end is not None and time.monotonic() >= end:
+                return
+
+
+def encode_task(task: Dict[str, Any]) -> Dict[str, Any]:
+    """Return a task as it is sent: with a uid, and callables, or what JSON cannot have, pickled."""
+    sent = {name: value for name, value in task.items()
+            if value is not None and name not in _RESULT_FIELDS}
+    pickled = []
+    for name in ("function", "args", "kwargs"):
+        value = sent.get(name)
+        if value is None or isinstance(value, str) or not callable(value) and _is_json(value):
+            continue
+        data = _import_cloudpickle().dumps(value)
+        sent[name] = PICKLED + base64.b64encode(data).decode()
+        pickled.append(name)
+    if pickled:
+        sent["_pickled_fields"] = pickled
+    sent.setdefault("uid", f"task.{secrets.token_hex(8)}")
+    return sent
+
+
+def _is_json(value: Any) -> bool:
+    """Whether a value is the same after a journey as JSON."""
+    try:
+        return json.loads(encode_json(value)) == value
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
+def cut_submission(tasks: List[Dict[str, Any]]) -> Iterator[bytes]:
+    """Yield the bodies of requests for tasks: a template where they differ in nothing but the uid.
+
+    Each has at most UIDS_IN_BATCH tasks and, unless one task alone is longer, MAX_BATCH bytes.
+    """
+    template = {name: value for name, value in tasks[0].items() if name != "uid"}
+    if len(tasks) > 1 and all({**task, "uid": None} == {**template, "uid": None}
+                              for task in tasks):
+        for at in range(0, len(tasks), UIDS_IN_BATCH):
+            uids = [task["uid"] for task in tasks[at:at + UIDS_IN_BATCH]]
+            yield encode_json({"template": template, "uids": uids}).encode()
+        return
+    batch, size = [], 0
+    for text in map(encode_json, tasks):
+        if batch and (size + len(text) > MAX_BATCH or len(batch) >= UIDS_IN_BATCH):
+            yield b'{"tasks":[' + ",".join(batch).encode() + b"]}"
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    yield b'{"tasks":[' + ",".join(batch).encode() + b"]}"
+
+
+class PluginRhapsody(Plugin):
+    """Runs tasks: programs and functions, many of them, within an allocation or a machine."""
+
+    plugin_name = "rhapsody"
+    session_class = RhapsodySession
+    client_class = RhapsodyClient
+    version = "0.0.1"
+    ui_config = {
+        "icon": "🎼", "title": "Rhapsody Tasks",
+        "description": "Submit compute tasks, wait for results, view stdout/stderr.",
+        "forms": [{
+            "id": "submit", "title": "📝 Submit Task", "layout": "single",
+            "submit": {"label": "▶ Submit Task", "style": "success"},
+            "fields": [
+                {"name": "exec", "type": "text", "label": "Executable", "css_class": "rh-exec",
+                 "default": "/bin/echo"},
+                {"name": "args", "type": "text", "label": "Arguments (space-separated)",
+                 "css_class": "rh-args", "default": "hello from rhapsody"},
+                {"name": "backends", "type": "select", "label": "Backend",
+                 "css_class": "rh-backends", "options": ["concurrent", "dragon_v3"]}]}],
+        "monitors": [{"id": "tasks", "title": "📊 Task Monitor", "type": "task_list",
+                      "css_class": "rh-output", "empty_text": "No tasks submitted yet."}],
+        "notifications": {"topic": "task_status", "id_field": "uid", "state_field": "state"}}
+
+    def __init__(self, app: Any, instance_name: str = "rhapsody") -> None:
+        super().__init__(app, instance_name)
+        self._missing: Dict[str, Optional[str]] = {}             # by backend: why it is not there
+        self.add_route_post("submit/{sid}", self.submit_tasks)
+        self.add_route_post("wait/{sid}", self.wait_tasks)
+        self.add_route_get("list_tasks/{sid}", self.list_tasks)
+        self.add_route_get("task/{sid}/{uid}", self.get_task)
+        self.add_route_post("cancel/{sid}/{uid}", self.cancel_task)
+        self.add_route_post("cancel_all/{sid}", self.cancel_all)
+        self.add_route_get("statistics/{sid}", self.get_statistics)
+        self.add_route_get("session/{sid}", self.get_session)
+        self.add_route_get("backends", self.list_backends)
+
+    async def start(self) -> None:
+        """Look which backends there are; delete what is left of sessions that are gone."""
+        self._missing = await asyncio.to_thread(
+            lambda: {name: find_missing(name) for name in BACKENDS})
+        for folder in await asyncio.to_thread(lambda: list(self.state_dir.glob("tasks/*"))):
+            if folder.name not in self._sessions:
+                await asyncio.to_thread(_delete_left_session, folder)
+
+    async def stop(self) -> None:
+        """Leave the tasks alone; they go on."""
+        for record in self._sessions.values():
+            record.session.detach()
+
+    def remarks(self) -> List[str]:
+        """Say which backends cannot be used here, and why."""
+        return [f"backend {name}: {reason}" for name, reason in self._missing.items() if reason]
+
+    def describe_ui(self) -> Dict[str, Any]:
+        """Return ui_config, with the backends that are really there as well; the default first."""
+        config = copy.deepcopy(super().describe_ui())
+        field = config["forms"][0]["fields"][2]
+        there = [name for name, reason in self._missing.items() if reason is None]
+        field["options"] += [name for name in there if name not in field["options"]]
+        if "concurrent" not in there:
+            field["default"] = LOCAL_BACKEND
+        return config
+
+    def _create_session(self, sid: str, backends: Optional[List[Any]] = None,
+                        notify_batch_window: float = NOTIFY_WINDOW_S,
+                        notify_batch_size: int = NOTIFY_ITEMS) -> PluginSession:
+        if not _is_number(notify_batch_window) or not 0 <= notify_batch_window <= 60:
+            raise Unprocessable("notify_batch_window: must be a number of seconds from 0 to 60")
+        if not _is_count(notify_batch_size) or notify_batch_size > NOTIFY_ITEMS:
+            raise Unprocessable(f"notify_batch_size: must be a whole number from 1 to "
+                                f"{NOTIFY_ITEMS}")
+        session = RhapsodySession(sid, backends, notify_batch_window=notify_batch_window,
+                                  notify_batch_size=notify_batch_size)
+        options = getattr(self._app.state, "options", {})
+        session.allow_pickle = bool(options.get("allow_pickle"))
+        session.task_limit = options.get("task_limit") or RhapsodySession.task_limit
+        return session
+
+    async def register_session(self, request: Request) -> Any:
+        """Make a session of {"backends", "notify_batch_window", "notify_batch_size"}, all optional.
+
+        Answers {"sid", "status": "initializing"} at once; the topic session_status tells the rest.
+        """
+        arguments = {name: value for name, value in (await request.json_object()).items()
+                     if value is not None}
+        # resolved now, so that the default is the same after a restart
+        arguments["backends"] = await asyncio.to_thread(parse_backends, arguments.get("backends"))
+        sid = f"session.{secrets.token_hex(8)}"
+        await self._open_session(sid, request.user, arguments)
+        await self._store_now()
+        return {"sid": sid, "status": "initializing"}
+
+    @repeatable
+    async def submit_tasks(self, request: Request) -> Any:
+        """Submit {"tasks": [...]} or {"template", "uids"}; answer [{"uid", "state"}].
+
+        The body is JSON, or msgpack when Content-Type says so.
+        """
+        session = self._find(request.path_params["sid"]).session
+        data = await request.body()
+        kind = request.headers.get("content-type", "")
+        body = await asyncio.to_thread(_parse_body, data, "msgpack" in kind)
+        return await session.submit(body, request.idempotency_key)
+
+    async def wait_tasks(self, request: Request) -> Any:
+        """Answer the tasks of {"uids", "timeout"} once they have ended, or after the timeout."""
+        session = self._find(request.path_params["sid"]).session
+        uids, timeout = parse_wait(await request.json_object())
+        return Response(await session.wait(uids, timeout), media_type="application/json")
+
+    async def list_tasks(self, request: Request) -> Any:
+        """Answer {"tasks", "total", "next_offset"}; ?offset= and ?limit= select a page."""
+        limit = min(request.query_int("limit", 1000, 1), MAX_LISTED)
+        return await self._forward(request.path_params["sid"], RhapsodySession.list_tasks,
+                                   request.query_int("offset", 0), limit)
+
+    async def get_task(self, request: Request) -> Any:
+        """Answer a task; ?stdout_offset= and ?stderr_offset= read its output from there on."""
+        offsets = [request.query_int(name, 0) if name in request.query_params else None
+                   for name in ("stdout_offset", "stderr_offset")]
+        return await self._forward(request.path_params["sid"], RhapsodySession.get_task,
+                                   request.path_params["uid"], *offsets)
+
+    async def cancel_task(self, request: Request) -> Any:
+        """End a task; answer {"uid", "status"}."""
+        return await self._forward(request.path_params["sid"], RhapsodySession.cancel_task,
+                                   request.path_params["uid"])
+
+    async def cancel_all(self, request: Request) -> Any:
+        """End all tasks of the session; answer {"canceled": how many}."""
+        return await self._forward(request.path_params["sid"], RhapsodySession.cancel_all)
+
+    async def get_statistics(self, request: Request) -> Any:
+        """Answer how many tasks are in which state."""
+        return await self._forward(request.path_params["sid"], RhapsodySession.get_statistics)
+
+    async def get_session(self, request: Request) -> Any:
+        """Answer {"sid", "status", "error", "backends"}."""
+        return await self._forward(request.path_params["sid"], RhapsodySession.get_status)
+
+    async def list_backends(self, request: Request) -> Any:
+        """Answer {"default", "backends": {name: {"available", "reason"}}}."""
+        return {"default": await asyncio.to_thread(default_backend),
+                "backends": {name: {"available": reason is None, "reason": reason}
+                             for name, reason in self._missing.items()}}
+
+
+def _parse_body(data: bytes, is_msgpack: bool) -> Any:
+    """Return a request's body. Raises BadRequest. Blocks for long, when it is long."""
+    try:
+        return parse_msgpack(data) if is_msgpack else json.loads(data)
+    except (ValueError, RecursionError, ProtocolError) as error:
+        raise BadRequest(f"the body is not {'msgpack' if is_msgpack else 'JSON'}: "
+                         f"{error}") from None
+
+
+def _delete_left_session(folder: Path) -> None:
+    """End and delete what is left of a session: the edge was killed while it closed it. Blocks."""
+    for path in folder.glob("*/settings.json"):
+        mark = _json_object(_read(str(path))).get("mark")
+        if mark:
+            end_marked(_HOST_MARK, mark, 0.0)
+    shutil.rmtree(folder, True)
 
 
 # ---------------------------------------------------------------------------

@@ -4152,6 +4152,10 @@ class Plugin:
         """Return whether the plugin is for this machine; if not, set why_disabled."""
         return True
 
+    def remarks(self) -> List[str]:
+        """Return what `--check` says beside "ok": what of the plugin does not work here, and why."""
+        return []
+
     async def start(self) -> None:
         """Begin; called once on the plugin's loop, before the first request."""
 
@@ -4858,18 +4862,20 @@ class PluginHost:
     name: the edge's name. notify(plugin, topic, data) and changed() are called on any thread; what
     notify() returns is returned by notify() here. once: None to run again what is sent again.
     uplink: the way to the bridge, for plugins that start edges; the default is this machine's own.
+    options: what the command line says to plugins, by name; they see it as app.state.options.
     """
 
     def __init__(self, name: str, role: str, state_dir: Path, *, bridge_url: str = "",
                  notify: Callable[[str, str, Any], Optional[WhenSafe]],
                  changed: Callable[[], None], once: Optional[OnceStore] = None,
-                 audit: Optional[AuditLog] = None, uplink: Optional[Uplink] = None) -> None:
+                 audit: Optional[AuditLog] = None, uplink: Optional[Uplink] = None,
+                 options: Optional[Dict[str, Any]] = None) -> None:
         self.name, self._once, self._audit = name, once, audit
         self._notify, self._changed = notify, changed
         self._state_dir = state_dir
         state = types.SimpleNamespace(edge_name=name, role=role, state_dir=state_dir,
                                       bridge_url=bridge_url, edge_service=self,
-                                      uplink=uplink or Uplink())
+                                      uplink=uplink or Uplink(), options=dict(options or {}))
         self.app = types.SimpleNamespace(state=state)
         self._lock = threading.Lock()             # guards changes of _hosted
         self._hosted: Dict[str, _Hosted] = {}     # replaced as a whole: readers need no lock
@@ -4931,6 +4937,10 @@ class PluginHost:
         for stopper in stoppers:
             stopper.join(STOP_S)
         return len(results) == len(stoppers) and all(results)
+
+    def remarks(self, name: str) -> List[str]:
+        """Return what a plugin that works says about what of it does not."""
+        return self._hosted[name].plugin.remarks() if name in self._hosted else []
 
     def describe(self) -> Dict[str, Dict[str, Any]]:
         """Return {instance name: what the plugin tells of itself}."""
@@ -5947,13 +5957,15 @@ class Edge:
     plugins: names or prefixes, None for all that work here. cert: see client_tls().
     token: None to look it up again at each connect. state_dir: where sessions and jobs are kept.
     tunnel, via: how to reach the bridge where that takes a login node; see Tunnel.
-    on_end: called, on any thread, when the bridge tells the edge to end; then call stop().
+    options: for plugins, as app.state.options. on_end: called, on any thread, when the bridge tells
+    the edge to end; then call stop().
     """
 
     def __init__(self, urls: Union[str, Iterable[str], None] = None, name: Optional[str] = None, *,
                  plugins: Optional[Iterable[str]] = None, token: Optional[str] = None,
                  cert: Optional[str] = None, state_dir: Optional[Path] = None,
                  heartbeat: float = HEARTBEAT_S, tunnel: str = "none", via: Optional[str] = None,
+                 options: Optional[Dict[str, Any]] = None,
                  on_end: Optional[Callable[[], None]] = None) -> None:
         self.name = name or default_edge_name()
         if not is_valid_name(self.name) or self.name in RESERVED_NAMES:
@@ -5986,7 +5998,8 @@ class Edge:
         self.audit = AuditLog(self._state_dir / "audit.jsonl")
         self.host = PluginHost(self.name, ROLE_EDGE, self._state_dir, bridge_url=str(known[0].url),
                                notify=self._notify, changed=self._on_plugins_changed,
-                               once=self._once, audit=self.audit, uplink=self.uplink)
+                               once=self._once, audit=self.audit, uplink=self.uplink,
+                               options=options)
 
     @property
     def stopping(self) -> bool:
@@ -8085,7 +8098,8 @@ class Bridge:
     tokens: None to let everybody in. cert, key: PEM files, for TLS. plugins: names of plugins that
     the bridge itself hosts. allow_hosts: names besides its own under which browsers may reach it.
     grace: seconds for which requests wait for an edge whose link was lost. state_dir: where events
-    are kept. on_end: called, on the loop, when a client asks the bridge to end; then call stop().
+    are kept. options: for its plugins. on_end: called, on the loop, when a client asks the bridge
+    to end; then call stop().
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = DEFAULT_PORT, *,
@@ -8093,7 +8107,7 @@ class Bridge:
                  key: Optional[str] = None, plugins: Iterable[str] = (),
                  allow_hosts: Iterable[str] = (), request_timeout: float = REQUEST_S,
                  heartbeat: float = HEARTBEAT_S, grace: float = GRACE_S,
-                 state_dir: Optional[Path] = None,
+                 state_dir: Optional[Path] = None, options: Optional[Dict[str, Any]] = None,
                  on_end: Optional[Callable[[], None]] = None) -> None:
         self._on_end = on_end
         self._tokens, self._wanted = tokens, list(plugins)
@@ -8123,7 +8137,7 @@ class Bridge:
         self._host = PluginHost(BRIDGE_NAME, ROLE_BRIDGE, self._state_dir,
                                 bridge_url=self.url, notify=self._on_own_notification,
                                 changed=lambda: self._thread.call(self._registry.on_changed),
-                                once=self._once, audit=self.records.audit)
+                                once=self._once, audit=self.records.audit, options=options)
         self._routes = _Routes(self, self._authenticator, self._registry, self._journal)
         self._own_exchanges: Set[Exchange] = set()               # the loop's; for plugins of ours
         self._most_connections = 0                # since memory was given back; the loop's
@@ -9162,6 +9176,8 @@ Run:       --bridge  --edge        the meeting point; plugins on this machine; o
   -n, --name NAME                  of the edge                           [this host's name]
   -p, --plugins NAME,...           plugins to serve, by name or prefix   [all that work]
   --plugin-file FILE               load plugins from a file (may be repeated)
+  --allow-pickle                   let clients send functions as pickles, which is remote code
+  --task-limit N                   tasks that run at a time              [the number of CPUs]
   --host HOST  --port PORT         where a bridge listens                [127.0.0.1:{DEFAULT_PORT}]
   --allow-host NAME                another name of the bridge, for browsers (may be repeated)
   --tunnel none|reverse|forward|relay   of an edge that an edge started: how to reach the bridge
@@ -9196,7 +9212,8 @@ class _Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; _HELP must name each of its options."""
     parser = _Parser(prog="radical_edge", allow_abbrev=False)
-    for flag in ("--bridge", "--edge", "--list", "--check", "--insecure", "--no-auth"):
+    for flag in ("--bridge", "--edge", "--list", "--check", "--insecure", "--no-auth",
+                 "--allow-pickle"):
         parser.add_argument(flag, action="store_true")
     for flag in ("--url", "--cert", "--key", "--state", "--host", "--scope", "--expires",
                  "--edges", "--log-level", "--tunnel-via"):
@@ -9210,6 +9227,7 @@ def make_parser() -> argparse.ArgumentParser:
     for flag in ("--plugin-file", "--allow-host", "--limit"):
         parser.add_argument(flag, action="append", default=[])
     parser.add_argument("--log", choices=("text", "json"), default="text")
+    parser.add_argument("--task-limit", type=int)
     parser.add_argument("--request-timeout", type=float, default=REQUEST_S)
     parser.add_argument("--heartbeat", type=float, default=HEARTBEAT_S)
     parser.add_argument("--grace", type=float, default=GRACE_S)
@@ -9393,7 +9411,7 @@ def _start_bridge(options: argparse.Namespace, token: Optional[str], done: _Endi
                     allow_hosts=options.allow_host, request_timeout=options.request_timeout,
                     heartbeat=options.heartbeat, grace=options.grace,
                     state_dir=_state_dir(options, BRIDGE_NAME),
-                    on_end=done.set)
+                    options=_plugin_options(options), on_end=done.set)
     pin = "sha256:" + hashlib.sha256(ssl.PEM_cert_to_DER_cert(_first_certificate(cert))
                                      ).hexdigest() if cert else ""
     # before it serves: who sees that it is up must find it
@@ -9433,11 +9451,19 @@ def _start_edge(options: argparse.Namespace, token: Optional[str], services: Lis
     name = options.name or default_edge_name()
     edge = Edge(url, name, plugins=wanted, token=token, cert=cert, heartbeat=options.heartbeat,
                 state_dir=_state_dir(options, name), tunnel=options.tunnel,
-                via=options.tunnel_via, on_end=None if services else done.set)
+                via=options.tunnel_via, options=_plugin_options(options),
+                on_end=None if services else done.set)
     edge.start()
     print(f"edge: {edge.name}, with {', '.join(sorted(edge.host.describe())) or 'no plugins'}",
           flush=True)
     return edge
+
+
+def _plugin_options(options: argparse.Namespace) -> Dict[str, Any]:
+    """Return what plugins are told of the command line."""
+    if options.task_limit is not None and options.task_limit < 1:
+        raise ValueError(f"--task-limit {options.task_limit}: take 1 or more")
+    return {"allow_pickle": options.allow_pickle, "task_limit": options.task_limit}
 
 
 def _state_dir(options: argparse.Namespace, name: str) -> Path:
@@ -9614,6 +9640,8 @@ def _check_plugins(options: argparse.Namespace) -> bool:
             problem = described.get(name, {}).get("ui_problem")
             fine = f"ok, but its page is plain: {problem}" if problem else "ok"
             print(f"plugin   {name}: {host.disabled.get(name, fine)}")
+            for remark in host.remarks(name):
+                print(f"         {remark}")
         host.stop()
     if not names:
         print("plugin   none: put plugins.py beside radical_edge.py, or give --plugin-file")
