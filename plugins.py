@@ -2647,6 +2647,7 @@ MAX_LISTED = 10_000            # tasks in one answer of list_tasks
 MAX_RETURN = 4 * 1024 * 1024   # bytes of a function's return value, as it is sent
 MAX_EVENT = 64 * 1024          # bytes of a task's end that are told; more is fetched with `task`
 MAX_REPLY = 8 * 1024 * 1024    # bytes of return values in one answer of `wait`
+MAX_TIMEOUT_S = 1e9            # of a task, and of waiting for one
 MAX_ERROR = 2048               # characters of an error's text
 MAX_TRACEBACK = 16 * 1024      # characters
 MAX_OUTPUT_TAIL = 64 * 1024    # bytes of stdout and of stderr in an answer of `task`
@@ -2656,6 +2657,8 @@ UIDS_IN_BATCH = 8192           # tasks in a request, as the client cuts them
 NOTIFY_WINDOW_S = 0.25         # the ends of tasks within so long are told together
 NOTIFY_ITEMS = 1024            # or so many of them
 NOTIFY_BYTES = 512 * 1024      # or so many bytes
+ENDS_IN_MESSAGE = 1000         # of tasks, from a host to its edge
+MAX_UNREAD = 64 * 1024 * 1024  # bytes; an edge that does not read is cut off, and reads the log
 TURN_S = 0.005                 # a host reports so often; what began and ended within is told once
 WAIT_S = 20.0                  # the client asks again so often while it waits
 HOST_START_S = 30.0            # a host's process must be there within so long
@@ -2711,6 +2714,8 @@ def parse_task(value: Any, policy: TaskPolicy, where: str) -> Dict[str, Any]:
     plain = {name: item for name, item in given.items() if name not in pickled}
     task = {**_check_fields(plain, {**_TASK_FIELDS, **_AI_FIELDS}, where, f"{where}."), **pickled}
     _check_kind(task, where)
+    if task.get("timeout", 0) > MAX_TIMEOUT_S:
+        raise Unprocessable(f"{where}.timeout: must be at most {MAX_TIMEOUT_S:g} seconds")
     backend = task.get("backend", policy.backends[0])
     task["backend"] = BACKEND_ALIASES.get(backend, backend)
     if task["backend"] not in policy.backends:
@@ -2862,8 +2867,9 @@ def parse_wait(body: Dict[str, Any]) -> Tuple[Optional[List[str]], Optional[floa
     if uids is not None and not (isinstance(uids, list) and len(uids) <= MAX_TASKS and
                                  all(isinstance(uid, str) for uid in uids)):
         raise Unprocessable("uids: must be a list of uids")
-    if timeout is not None and not (_is_number(timeout) and timeout >= 0):
-        raise Unprocessable("timeout: must be a number of seconds, or null for ever")
+    if timeout is not None and not (_is_number(timeout) and 0 <= timeout <= MAX_TIMEOUT_S):
+        raise Unprocessable("timeout: must be a number of seconds, at most "
+                            f"{MAX_TIMEOUT_S:g}, or null for ever")
     return uids, timeout
 
 
@@ -3145,7 +3151,7 @@ class TaskHost:
             return
         if task.timer is not None:
             task.timer.cancel()
-        if task.reason == "canceled" and outcome["state"] != "DONE":
+        if task.reason == "canceled" and outcome["state"] == "FAILED":
             outcome = {"state": "CANCELED", "exit_code": None}
         elif task.reason == "timeout" and outcome["state"] != "DONE":
             outcome = {**outcome, "state": "FAILED", "reason": "timeout",
@@ -3191,50 +3197,50 @@ class TaskHost:
             self._end_if_idle()
 
     def _on_message(self, message: Dict[str, Any]) -> None:
-        if message["op"] == "submit" and not message["functions"]:
-            self._submit(message)                 # the common case, without a task of its own
-            return
-        handler = {"submit": self._check_and_submit, "check": self._check,
-                   "cancel": self._cancel, "close": self._close}[message["op"]]
-        call = asyncio.ensure_future(handler(message))
+        handler = {"submit": self._submit, "check": self._check, "cancel": self._cancel,
+                   "close": self._close}[message["op"]]
+        call = asyncio.ensure_future(self._answer(handler, message))
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
+
+    async def _answer(self, handler: Callable[..., Any], message: Dict[str, Any]) -> None:
+        """Answer a message; what goes wrong is told, and costs no other task."""
+        try:
+            await handler(message)
+        except Exception as error:
+            log_tasks.exception("%s", message["op"])
+            status = 503 if isinstance(error, OSError) else 422
+            self._send({"id": message["id"], "status": status,
+                        "error": f"tasks: {type(error).__name__}: {error}"[:MAX_ERROR]})
 
     def _send(self, message: Dict[str, Any]) -> None:
         if self._edge is not None and not self._edge.is_closing():
             self._edge.write(encode_json(message).encode(errors="replace") + b"\n")
 
-    async def _check_and_submit(self, message: Dict[str, Any]) -> None:
-        if await self._check(message, quiet=True):
-            self._submit(message)
-
-    async def _check(self, message: Dict[str, Any], quiet: bool = False) -> bool:
+    async def _check(self, message: Dict[str, Any]) -> None:
         """Say whether the backend would take the tasks, and all functions can be loaded."""
+        error = await self._find_fault(message)
+        self._send({"id": message["id"], **(error or {})})
+
+    async def _find_fault(self, message: Dict[str, Any]) -> Optional[Dict[str, Any]]:
         try:
             self.backend.check(message["tasks"])
         except ValueError as error:
-            self._send({"id": message["id"], "status": 422, "error": f"tasks: {error}"})
-            return False
+            return {"status": 422, "error": f"tasks{error}"}
         for name in message["functions"]:
-            error = await self.backend.check_function(name)
-            if error is not None:
-                self._send({"id": message["id"], "status": 422, "error": f"function: {error}"})
-                return False
-        if not quiet:
-            self._send({"id": message["id"]})
-        return True
+            reason = await self.backend.check_function(name)
+            if reason is not None:
+                return {"status": 422, "error": f"function: {reason}"}
+        return None
 
-    def _submit(self, message: Dict[str, Any]) -> None:
+    async def _submit(self, message: Dict[str, Any]) -> None:
         """Take tasks: from the answer on they are safe."""
-        tasks = message["tasks"]
-        try:
-            self.backend.check(tasks)
-            taken = self.log.take(message)
-        except (OSError, ValueError) as error:
-            status = 503 if isinstance(error, OSError) else 422
-            self._send({"id": message["id"], "status": status, "error": f"tasks: {error}"})
+        fault = await self._find_fault(message)
+        if fault is not None:
+            self._send({"id": message["id"], **fault})
             return
-        self._send({"id": message["id"], "taken": taken})
+        tasks, taken = message["tasks"], self.log.take(message)
+        self._send({"id": message["id"], "taken": taken, "key": message["key"]})
         specs = tasks if len(tasks) > 1 else tasks * len(taken)
         new = [HostTask(uid, number, spec) for (uid, number, _, _), spec in zip(taken, specs)]
         self.live.update((task.uid, task) for task in new)
@@ -3307,11 +3313,17 @@ class TaskHost:
         ended, self._ended = self._ended, []
         running = [task.uid for task in self._begun if task.uid in self.live]
         self._begun = []
-        if running or ended:
-            self._send({"running": running, "ended": [
-                [*place, _shorten_end(entry, place[1])] for place, entry in zip(places, ended)]})
+        told = [[*place, _shorten_end(entry, place[1])] for place, entry in zip(places, ended)]
+        for at in range(0, max(len(told), len(running), 1), ENDS_IN_MESSAGE):
+            self._send({"running": running[at:at + ENDS_IN_MESSAGE],
+                        "ended": told[at:at + ENDS_IN_MESSAGE]})
+        self._drop_slow_edge()
         if self._edge is None:
             self._end_if_idle()
+
+    def _drop_slow_edge(self) -> None:
+        if self._edge is not None and self._edge.transport.get_write_buffer_size() > MAX_UNREAD:
+            self._edge.transport.abort()
 
     def _find_output(self, task: HostTask) -> Dict[str, int]:
         """Return {"stdout_size", "stderr_size"} in bytes, of those that are not empty."""
@@ -3386,24 +3398,32 @@ def find_marked(name: str, value: str) -> List[int]:
     return found
 
 
-def end_marked(name: str, value: str, grace: float, spare: int = 0) -> None:
-    """End the processes that find_marked() finds: SIGTERM, `grace` seconds, SIGKILL. Blocks."""
-    end = time.monotonic() + grace
-    told: Set[int] = set()
+def end_marked(name: str, value: str, grace: float, patience: float = 0.0) -> None:
+    """End the processes that find_marked() finds: SIGTERM, `grace` seconds, SIGKILL. Blocks.
+
+    patience: seconds that they have to end by themselves before that.
+    """
+    begin, told = time.monotonic(), set()
     while True:
-        found = [pid for pid in find_marked(name, value) if pid != spare]
+        found = find_marked(name, value)
+        waited = time.monotonic() - begin - patience
         if not found:
             return
-        late = time.monotonic() >= end
-        for pid in found:
-            if late or pid not in told:
-                told.add(pid)
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
-        if time.monotonic() >= end + GRACE_S:
+        if waited > grace + GRACE_S:
             log_tasks.error("processes %s cannot be ended", found)
             return
+        if waited >= grace:
+            _send_signal(found, signal.SIGKILL)
+        elif waited >= 0:
+            _send_signal(set(found) - told, signal.SIGTERM)
+            told.update(found)
         time.sleep(0.02)
+
+
+def _send_signal(pids: Iterable[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(OSError):        # it has ended meanwhile
+            os.kill(pid, number)
 
 
 def run_task_host(folder: str) -> None:
@@ -3430,15 +3450,23 @@ def _configure_host() -> None:
 
 # -- the local backend: processes for executables, workers for functions
 
+def _count_cpus() -> int:
+    """Return how many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else \
+        os.cpu_count() or 1
+
+
 class LocalTasks:
     """The backend `local`: needs nothing but the standard library.
 
-    At most `limit` executables and as many functions run at a time, in the order of submission.
+    At most --task-limit executables and as many functions run at a time, in the order of
+    submission; by default as many as there are CPUs.
     """
 
     def __init__(self, host: TaskHost) -> None:
-        self._executables = Executables(host, host.settings["limit"])
-        self._functions = FunctionWorkers(host, host.settings["limit"])
+        limit = host.settings["task_limit"] or _count_cpus()
+        self._executables = Executables(host, limit)
+        self._functions = FunctionWorkers(host, limit)
 
     async def open(self) -> None:
         """Watch for the ends of processes."""
@@ -3491,6 +3519,9 @@ def _describe_exit(code: int) -> Dict[str, Any]:
     return {"state": "FAILED", "exit_code": code, "error": error}
 
 
+_FULL_MACHINE = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+
+
 class Executables:
     """Programs as tasks: each in a process group of its own, its output in files."""
 
@@ -3540,9 +3571,9 @@ class Executables:
             task = self._queue.popleft()
             try:
                 task.pid = self._spawn(task)
-            except OSError as error:
-                if error.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE) and self.running:
-                    self._queue.appendleft(task)  # the machine is full: when another has ended
+            except (OSError, ValueError) as error:
+                if getattr(error, "errno", 0) in _FULL_MACHINE and self.running:
+                    self._queue.appendleft(task)  # when another has ended
                     return
                 self._host.on_end(task, self._explain(error))
                 continue
@@ -3550,10 +3581,11 @@ class Executables:
             self._host.on_begin(task)
 
     @staticmethod
-    def _explain(error: OSError) -> Dict[str, Any]:
+    def _explain(error: Exception) -> Dict[str, Any]:
         code = 127 if isinstance(error, (FileNotFoundError, NotADirectoryError)) else 126
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
         return {"state": "FAILED", "exit_code": code,
-                "error": f"it could not be started: {error.filename}: {error.strerror}"}
+                "error": f"it could not be started: {reason}"}
 
     def _spawn(self, task: HostTask) -> int:
         """Start a program; return its process id. Raises OSError."""
@@ -3995,8 +4027,8 @@ class _FunctionLoop:
 
 # -- the backends of rhapsody-py, in a host
 
-_IN_FLIGHT = {"concurrent": 64}        # tasks given to a backend at a time; the others queue by
-_IN_FLIGHT_OTHERS = 4096               # themselves, and well
+_IN_CONCURRENT = 64            # tasks given to `concurrent` at a time, which would start them all
+_IN_FLIGHT_OTHERS = 4096       # to the others, which queue by themselves
 
 
 def make_host_backend(host: TaskHost) -> Any:
@@ -4020,7 +4052,8 @@ class LibraryTasks:
         self._ending: Set[str] = set()            # what _stop() is about to end, by that uid
         self._begun: Set[int] = set()             # functions whose thread has begun; any thread
         self._stopped: Set[int] = set()           # functions that must not begin; any thread
-        self._limit = _IN_FLIGHT.get(name, _IN_FLIGHT_OTHERS)
+        self._limit = _IN_FLIGHT_OTHERS if name != "concurrent" else \
+            host.settings["task_limit"] or _IN_CONCURRENT
         self._backend: Any = None
         self._work = host.folder / "work"
 
@@ -4235,7 +4268,9 @@ class LibraryTasks:
             await self._loop.run_in_executor(None, end_marked, _TASK_MARK, mark, 0.0)
         if uid in self._ending:
             self._ending.discard(uid)
-            self._finish(task.handle, {"state": "CANCELED", "exit_code": None})
+            note = {"error": "what had begun goes on in the worker until it returns"} \
+                if "function" in task.spec else {}
+            self._finish(task.handle, {"state": "CANCELED", "exit_code": None, **note})
 
     async def _watch_pilot(self) -> None:
         """Tell of a pilot that has ended: its tasks would wait for ever."""
@@ -4383,20 +4418,28 @@ def parse_backends(value: Any) -> List[Dict[str, Any]]:
     if value is not None and not isinstance(value, list):
         raise Unprocessable("backends: must be a list of names, such as ['local']")
     found: Dict[str, Dict[str, Any]] = {}
-    for item in value or [default_backend()]:
-        entry = item if isinstance(item, dict) else {"name": item}
-        name, options = entry.get("name"), entry.get("options", {})
-        if set(entry) - {"name", "options"} or not isinstance(options, dict):
-            raise Unprocessable('backends: an object is {"name": ..., "options": {...}}')
-        name = BACKEND_ALIASES.get(name, name) if isinstance(name, str) else name
-        if name not in BACKENDS:
-            raise Unprocessable(f"backends: there is no {str(name)[:80]!r}; there are "
-                                f"{', '.join(BACKENDS)}")
-        missing = find_missing(name)
+    for entry in map(parse_backend, value or [default_backend()]):
+        missing = find_missing(entry["name"])
         if missing:
-            raise NotInstalled(f"backends: {name!r} cannot be used: {missing}")
-        found[name] = {"name": name, "options": options}
+            raise NotInstalled(f"backends: {entry['name']!r} cannot be used: {missing}")
+        found[entry["name"]] = entry
     return list(found.values())
+
+
+def parse_backend(value: Any) -> Dict[str, Any]:
+    """Return {"name", "options"} of a backend's name, or of such an object. Raises Unprocessable.
+
+    The name is the backend's own, where an alias was given.
+    """
+    entry = value if isinstance(value, dict) else {"name": value}
+    name, options = entry.get("name"), entry.get("options", {})
+    if set(entry) - {"name", "options"} or not isinstance(options, dict):
+        raise Unprocessable('backends: an object is {"name": ..., "options": {...}}')
+    name = BACKEND_ALIASES.get(name, name) if isinstance(name, str) else name
+    if name not in BACKENDS:
+        raise Unprocessable(f"backends: there is no {str(name)[:80]!r}; there are "
+                            f"{', '.join(BACKENDS)}")
+    return {"name": name, "options": options}
 
 
 # -- the edge's end of a task host
@@ -4418,7 +4461,7 @@ class BackendLink:
         self._next = 0
         self._writer: Optional[asyncio.StreamWriter] = None
         self._process: Optional["subprocess.Popen[bytes]"] = None
-        self._mark = ""
+        self._mark = self._address = ""
         self._reading: Optional["asyncio.Task[None]"] = None
         self._opened = asyncio.Event()            # set once the host says ready or failed
         self._closing = False
@@ -4431,14 +4474,14 @@ class BackendLink:
     async def connect(self) -> bool:
         """Find the host of an earlier edge; False, and its remains ended, when it is gone."""
         settings = _json_object(await asyncio.to_thread(_read, str(self.folder / "settings.json")))
-        self._mark = settings.get("mark", "")
         if not settings:
             return False
+        self._mark, self._address = settings["mark"], settings["address"]
         if settings.get("host") == os.uname().nodename:
             with contextlib.suppress(OSError):
                 await self._dial(settings["address"])
                 return True
-        await asyncio.to_thread(end_marked, _HOST_MARK, self._mark, 0.0)
+        await asyncio.to_thread(end_marked, _HOST_MARK, self._mark, 0.0, 1.0)
         return False
 
     async def launch(self) -> None:
@@ -4448,8 +4491,9 @@ class BackendLink:
         """
         settings = {"address": make_address(), "backend": self.name, "options": self._options,
                     "mark": secrets.token_hex(12), "host": os.uname().nodename,
-                    "limit": self._session.task_limit, "allow_pickle": self._session.allow_pickle}
-        self._mark = settings["mark"]
+                    "task_limit": self._session.task_limit,
+                    "allow_pickle": self._session.allow_pickle}
+        self._mark, self._address = settings["mark"], settings["address"]
         self._process = await asyncio.to_thread(self._spawn, settings)
         end = time.monotonic() + HOST_START_S * (4 if self.name == "dragon" else 1)
         while True:
@@ -4486,6 +4530,12 @@ class BackendLink:
             kind = Unprocessable if answer["status"] == 422 else Unavailable
             raise kind(answer["error"])
         return answer
+
+    def fail(self, reason: str) -> None:
+        """Take notice that the backend cannot be used."""
+        self.state, self.error = "failed", reason
+        self._opened.set()
+        self._session.on_state(self)
 
     def detach(self) -> None:
         """Leave the host alone: it goes on without this edge."""
@@ -4547,7 +4597,7 @@ class BackendLink:
                 if not line.endswith(b"\n"):
                     break
                 self._on_message(json.loads(line))
-        except OSError:
+        except (OSError, ValueError):             # it broke off
             pass
         finally:
             writer.close()
@@ -4561,7 +4611,7 @@ class BackendLink:
 
     def _on_message(self, message: Dict[str, Any]) -> None:
         if "taken" in message:
-            self._session.on_taken(self, message["taken"])
+            self._session.on_taken(self, message["taken"], message["key"])
         if "id" in message:
             future = self._calls.get(message["id"])
             if future is not None and not future.done():
@@ -4575,9 +4625,13 @@ class BackendLink:
                 self._session.on_state(self)
 
     async def _on_lost(self) -> None:
-        """The host has died: say so of its tasks, end what it left, and start another."""
+        """Find the host again; if it has died, say so of its tasks, and start another."""
+        was_ready = self.state == "ready"
+        if await self.connect():
+            await self._session.catch_up(self)
+            return
         log_tasks.error("%s: the task host of %s has died", self._session.sid, self.name)
-        was_ready, self.state, self.error = self.state == "ready", "failed", "its process has died"
+        self.state, self.error = "failed", "its process has died"
         self._opened.set()
         await asyncio.to_thread(self._end_all)
         await self._session.on_host_lost(self)
@@ -4587,9 +4641,7 @@ class BackendLink:
             try:
                 await self.launch()
             except EdgeError as error:
-                self.state, self.error = "failed", error.detail
-                self._opened.set()
-                self._session.on_state(self)
+                self.fail(error.detail)
 
     def _end_all(self) -> None:
         """End what the host and its tasks have left, and reap the host. Blocks."""
@@ -4597,6 +4649,8 @@ class BackendLink:
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(GRACE_S)
+        if self._address.startswith("/"):
+            shutil.rmtree(os.path.dirname(self._address), True)
 
 
 _HOST_PROGRAM = """\
@@ -4699,9 +4753,8 @@ class RhapsodySession(PluginSession):
     session keeps is under its folder: each backend's log, settings and output.
     """
 
-    task_limit = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else \
-        os.cpu_count() or 1
-    allow_pickle = False
+    task_limit: Optional[int] = None              # see --task-limit
+    allow_pickle = False                          # see --allow-pickle
 
     def __init__(self, sid: str, backend_names: Optional[List[Any]] = None, *,
                  notify_batch_window: float = NOTIFY_WINDOW_S,
@@ -4742,7 +4795,8 @@ class RhapsodySession(PluginSession):
         self._check_ready()
 
     async def _open_all(self) -> None:
-        for entry in await asyncio.to_thread(parse_backends, self._wanted):
+        wanted = self._wanted or [await asyncio.to_thread(default_backend)]
+        for entry in map(parse_backend, wanted):
             name = entry["name"]
             self._links[name] = BackendLink(self, name, entry["options"], self.folder / name)
         await asyncio.gather(*[self._open(link) for link in self._links.values()])
@@ -4755,19 +4809,22 @@ class RhapsodySession(PluginSession):
             self._usable = True                   # the session was ready before the edge ended
         try:
             if not await link.connect():
+                await self._load(link)            # its last words
                 await self._settle(link, EDGE_RESTART, "the edge was restarted, and the task's "
                                    "host was gone; how the task ended is not known")
+                missing = await asyncio.to_thread(find_missing, link.name)
+                if missing:
+                    raise NotInstalled(missing)
                 await link.launch()
             await self._load(link)                # what was written until it was connected
         except EdgeError as error:
-            link.state, link.error = "failed", error.detail
-            link._opened.set()
-            self.on_state(link)
+            link.fail(error.detail)
 
     async def close(self) -> Dict[str, Any]:
         """End all tasks and backends, and delete what was kept of them."""
         await super().close()
-        if self._opening is not None and not self._opening.done():
+        if self._opening is not None:             # or it would start what nobody ends
+            await asyncio.wait([self._opening], timeout=CLOSE_S)
             self._opening.cancel()
         await asyncio.gather(*[link.close() for link in self._links.values()])
         self._news.flush()
@@ -4923,14 +4980,12 @@ class RhapsodySession(PluginSession):
 
     # -- for links
 
-    def on_taken(self, link: BackendLink, taken: List[List[Any]],
-                 key: Optional[str] = None) -> None:
+    def on_taken(self, link: BackendLink, taken: List[List[Any]], key: Optional[str]) -> None:
         """Take notice that a host has tasks: [uid, number, offset, size] each."""
         for uid, number, offset, size in taken:
             link.next_number = max(link.next_number, number + 1)
             if uid not in self._records:
-                record = TaskRecord(uid, link, number, self._reserved.pop(uid, key),
-                                    (offset, size))
+                record = TaskRecord(uid, link, number, key, (offset, size))
                 self._records[uid] = self._live[uid] = record
 
     def on_progress(self, link: BackendLink, running: Iterable[str],
@@ -4965,6 +5020,10 @@ class RhapsodySession(PluginSession):
         self._status = told
         self.notify("session_status", {"sid": self.sid, "status": told[0],
                                        **({"error": told[1]} if told[1] else {})})
+
+    async def catch_up(self, link: BackendLink) -> None:
+        """Read in a host's log what it wrote while there was no link to it."""
+        await self._load(link)
 
     async def on_host_lost(self, link: BackendLink) -> None:
         """Settle the tasks of a host that has died."""
@@ -5104,8 +5163,9 @@ def _encode_states(records: List[Union[TaskRecord, str]]) -> bytes:
     try:
         for record in records:
             if isinstance(record, str):
-                pieces.append(encode_json({"uid": record[:200], "state": "UNKNOWN",
-                                           "error": "there is no such task"}).encode())
+                unknown = {"uid": record[:200], "state": "UNKNOWN",
+                           "error": "there is no such task"}
+                pieces.append(encode_json(unknown).encode(errors="replace"))
                 continue
             if record.ended is None:
                 pieces.append(encode_json(record.describe()).encode())
@@ -5431,7 +5491,7 @@ class PluginRhapsody(Plugin):
                                   notify_batch_size=notify_batch_size)
         options = getattr(self._app.state, "options", {})
         session.allow_pickle = bool(options.get("allow_pickle"))
-        session.task_limit = options.get("task_limit") or RhapsodySession.task_limit
+        session.task_limit = options.get("task_limit")
         return session
 
     async def register_session(self, request: Request) -> Any:
@@ -5506,10 +5566,18 @@ class PluginRhapsody(Plugin):
 def _parse_body(data: bytes, is_msgpack: bool) -> Any:
     """Return a request's body. Raises BadRequest. Blocks for long, when it is long."""
     try:
-        return parse_msgpack(data) if is_msgpack else json.loads(data)
-    except (ValueError, RecursionError, ProtocolError) as error:
-        raise BadRequest(f"the body is not {'msgpack' if is_msgpack else 'JSON'}: "
+        if not is_msgpack:
+            return json.loads(data, parse_constant=_refuse_constant)
+        value = parse_msgpack(data)
+        encode_json(value)                        # from here on, tasks travel as JSON
+        return value
+    except (TypeError, ValueError, RecursionError, ProtocolError) as error:
+        raise BadRequest(f"the body is not {'msgpack of JSON values' if is_msgpack else 'JSON'}: "
                          f"{error}") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"there is no {name} in JSON")
 
 
 def _delete_left_session(folder: Path) -> None:

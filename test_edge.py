@@ -4920,7 +4920,7 @@ def test_one_command_starts_bridge_and_edge_and_one_more_runs_a_job(start, home)
     both = start("--bridge", "--edge", "--name", "laptop", "--port", "0", expect="edge: laptop")
     assert time.monotonic() - begin < 10          # an end, not a measurement: see bench/start.py
     assert (home / ".radical/edge/token").stat().st_mode & 0o777 == 0o600
-    wait_until(lambda: "laptop: psij, sysinfo" in run("--list"))
+    wait_until(lambda: all(word in run("--list") for word in ("laptop: ", "psij", "sysinfo")))
     example = ROOT / "examples" / "run_job.py"
     done = subprocess.run([sys.executable, str(example), "laptop", "echo", "hello", "there"],
                           capture_output=True, text=True, timeout=60)

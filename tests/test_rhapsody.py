@@ -21,7 +21,7 @@ import plugins
 import radical_edge
 from radical_edge import (BridgeClient, Conflict, Edge, EdgeError, Forbidden, NotFound,
                           Unprocessable, encode_json)
-from test_edge import SCRIPT, wait_until
+from test_edge import SCRIPT, start, wait_until  # noqa: F401
 
 PATIENCE = 120.0               # seconds; for a machine that does much else
 
@@ -388,7 +388,9 @@ def test_a_damaged_pickle_fails_its_task(task_edge, connect):
     ({"function": "math:no_such_name"}, "no_such_name"), ({"function": "math:pi"}, "function"),
     ({"executable": "true", "uid": "../x"}, "uid"),
     ({"executable": "true", "uid": 5}, "uid"), ({"executable": "true", "uid": "x" * 129}, "uid"),
-    ({"executable": "true", "timeout": -1}, "timeout"), ({"executable": "true", "cwd": 1}, "cwd"),
+    ({"executable": "true", "timeout": -1}, "timeout"),
+    ({"executable": "true", "timeout": 10 ** 400}, "timeout"),
+    ({"executable": "true", "cwd": 1}, "cwd"),
     ({"executable": "true", "env": {"A=B": "x"}}, "env"), ({"executable": "true", "bogus": 1},
                                                            "bogus"),
     ({"executable": "true", "backend": "dask"}, "backend"), ({"prompt": "hello"}, "prompt"),
@@ -424,6 +426,11 @@ def test_a_wrong_submission_is_422_with_its_field(session, body, word):
 def test_a_body_that_is_not_json_is_400_and_so_is_damaged_msgpack(session):
     path = session._url(f"submit/{session.sid}")
     assert session._http.post(path, content=b"{").status_code == 400
+    nan = b'{"tasks":[{"function":"math:sqrt","args":[NaN]}]}'
+    assert session._http.post(path, content=nan).status_code == 400
+    bytes_ = b"\x81\xa5tasks\x91\x82\xa8function\xa9math:sqrt\xa4args\x91\xc4\x01\xff"
+    assert session._http.post(path, content=bytes_, headers={
+        "Content-Type": "application/msgpack"}).status_code == 400
     reply = session._http.post(path, content=b"\x81", headers={"Content-Type":
                                                                "application/msgpack"})
     assert reply.status_code == 400 and "msgpack" in reply.json()["detail"]
@@ -465,3 +472,446 @@ def test_a_backend_that_is_not_installed_is_501_with_what_to_install(session):
         error = refusal(session._post, "register_session", {"backends": [name]})
         assert error.status == 501 and entry["reason"] in error.detail
     assert there["default"] == ("local" if "concurrent" in missing else "concurrent")
+
+
+# ---------------------------------------------------------------------------
+# Waiting, listing, cancelling, notifications
+# ---------------------------------------------------------------------------
+
+def test_wait_honours_its_timeout_and_tells_states_and_unknown_uids(session):
+    [task] = session.submit_tasks([script("sleep 1000", uid="slow")])
+    wait_until(lambda: session.wait_tasks(["slow"], 0)[0]["state"] == "RUNNING", 30)
+    begin = time.monotonic()
+    slow, unknown = session.wait_tasks(["slow", "nobody"], 0.3)
+    assert 0.3 <= time.monotonic() - begin < 15
+    assert (slow["state"], unknown["state"]) == ("RUNNING", "UNKNOWN")
+    assert isinstance(refusal(session.wait_tasks, ["nobody"], 1), NotFound)
+    assert session.wait_tasks([], 1) == []
+    for body in ({"timeout": "x"}, {"timeout": -1}, {"uids": "slow"}, {"uids": [1]}, {"more": 1},
+                 {"timeout": 10 ** 400}):
+        error = refusal(session._post, f"wait/{session.sid}", body)
+        assert error.status == 422 and list(body)[0] in error.detail
+
+
+def test_waiting_needs_no_notifications_and_outlives_a_broken_connection(session, bridge):
+    session.submit_tasks([script("sleep 1", uid="a")])
+    results = []
+    waiting = threading.Thread(target=lambda: results.extend(session.wait_tasks(["a"])))
+    waiting.start()
+    for connection in list(bridge.connections):
+        bridge.loop.call_soon_threadsafe(connection.channel.close, "cut")
+    waiting.join(PATIENCE)
+    assert [task["state"] for task in results] == ["DONE"]
+
+
+def test_a_waiter_that_goes_away_leaves_nothing_behind(session, task_edge, raw):
+    session.submit_tasks([script("sleep 1000", uid="a")])
+    connection = raw()
+    connection.send_request("POST", f"/e1/rhapsody/wait/{session.sid}",
+                            encode_json({"uids": ["a"]}).encode())
+    waiters = find_session(session)._waiters
+    wait_until(lambda: waiters, 30)
+    connection.close()
+    wait_until(lambda: not waiters, 30)
+
+
+def find_session(client):
+    """Return the session object of an edge in this process."""
+    import gc
+    return next(item for item in gc.get_objects()
+                if isinstance(item, plugins.RhapsodySession) and item.sid == client.sid)
+
+
+def test_tasks_are_listed_in_pages_without_their_output(session):
+    tasks = [script("echo much", uid=f"t{n:02}") for n in range(25)]
+    run(session, *tasks)
+    page = session._get(f"list_tasks/{session.sid}", offset=10, limit=10)
+    assert [task["uid"] for task in page["tasks"]] == [f"t{n:02}" for n in range(10, 20)]
+    assert (page["total"], page["next_offset"]) == (25, 20)
+    assert "stdout" not in page["tasks"][0] and page["tasks"][0]["executable"] == "/bin/sh"
+    assert session._get(f"list_tasks/{session.sid}", offset=20)["next_offset"] is None
+    assert len(session.list_tasks()["tasks"]) == 25
+    for query in ({"limit": 0}, {"offset": -1}, {"limit": "x"}):
+        assert refusal(session._get, f"list_tasks/{session.sid}", **query).status == 422
+
+
+def test_cancel_ends_the_program_and_what_it_started_and_says_the_truth(session):
+    mark = f"cancel-{os.getpid()}-{time.time_ns()}"
+    stubborn = script("trap '' TERM; sleep 1000 & sleep 1000; sleep 1000", uid="stubborn",
+                      env={"MARK": mark})
+    session.submit_tasks([stubborn, script("sleep 1000", uid="b", env={"MARK": mark}),
+                          script("sleep 1000", uid="queued", env={"MARK": mark})])
+    wait_until(lambda: len(processes_with(mark)) >= 3, 30)
+    assert session.cancel_task("queued")["status"] == "canceled"
+    assert session.cancel_task("b") == {"uid": "b", "status": "canceled"}
+    assert session.cancel_task("stubborn")["status"] == "canceled"   # by SIGKILL, in the end
+    assert not processes_with(mark)
+    assert {task["state"] for task in session.wait_tasks(["stubborn", "b", "queued"], 1)} == \
+        {"CANCELED"}
+    assert session.cancel_task("b") == {"uid": "b", "status": "canceled"}
+    run(session, {"executable": "true", "uid": "done"})
+    error = refusal(session.cancel_task, "done")
+    assert isinstance(error, Conflict) and "DONE" in error.detail
+    assert isinstance(refusal(session.cancel_task, "nobody"), NotFound)
+
+
+def test_a_closed_session_leaves_no_process_and_no_file(task_edge, connect, home, modules):
+    mark = f"close-{os.getpid()}-{time.time_ns()}"
+    modules("endless", "import time\ndef endless(): time.sleep(1000)")
+    task_edge()
+    session = connect()
+    session.submit_tasks([script("setsid sleep 1000 & sleep 1000", env={"MARK": mark}),
+                          {"function": "endless:endless"}])
+    wait_until(lambda: len(processes_with(mark)) >= 3, 30)
+    folder = home / ".radical/edge/state/e1/rhapsody/tasks" / session.sid
+    host_mark = json.loads((folder / "local/settings.json").read_text())["mark"]
+    sid = session.sid
+    session.close()
+    assert not processes_with(mark) and not processes_with(host_mark) and not folder.exists()
+    session._sid = sid
+    assert isinstance(refusal(session.get_statistics), NotFound)
+    session._sid = None
+
+
+def test_a_session_with_live_tasks_does_not_expire_and_another_does(task_edge, connect,
+                                                                    monkeypatch):
+    edge = task_edge()
+    plugin = edge.host._hosted["rhapsody"]
+    busy, idle = connect(), connect()
+    busy.submit_tasks([script("sleep 1000", uid="a")])
+    plugin.thread.submit(plugin.plugin._expire(time.time() + 1)).result(60)
+    assert busy.wait_tasks(["a"], 0)[0]["state"] in ("QUEUED", "RUNNING")
+    assert refusal(idle.get_statistics).status == 410
+    idle._sid = None
+    assert busy.cancel_all() == {"canceled": 1}
+
+
+def test_notifications_tell_each_end_once_in_batches(task_edge, connect):
+    task_edge()
+    session = connect()
+    told, sizes = {}, []
+
+    def on_event(_edge, _plugin, topic, data):
+        assert data["sid"] == session.sid
+        tasks = data["tasks"] if topic == "task_status_batch" else [data]
+        if tasks[0]["state"] != "RUNNING":
+            sizes.append(len(tasks))
+        for task in tasks:
+            told.setdefault(task["uid"], []).append(task)
+
+    session.register_notification_callback(on_event, "task_status")
+    session.register_notification_callback(on_event, "task_status_batch")
+    uids = [task["uid"] for task in session.submit_tasks(
+        [{"function": "math:sqrt", "args": [n]} for n in range(1500)] +
+        [script("echo no; exit 3", uid="failed"), script("sleep 0.5", uid="slow")])]
+    session.wait_tasks(uids, PATIENCE)
+    wait_until(lambda: len([uid for uid in told if told[uid][-1]["state"] in ("DONE", "FAILED")]) ==
+               len(uids), 60)
+    for uid in uids:
+        assert [task["state"] for task in told[uid]][-1] in ("DONE", "FAILED")
+        assert len(told[uid]) == len({task["state"] for task in told[uid]}) <= 2
+    assert [task["state"] for task in told["slow"]] == ["RUNNING", "DONE"]
+    failed = told["failed"][-1]
+    assert failed["exit_code"] == 3 and "stdout" not in failed and "exit code 3" in failed["error"]
+    assert told[uids[4]][-1]["return_value"] == 2.0
+    assert max(sizes) <= plugins.NOTIFY_ITEMS and len(sizes) < 100
+
+
+def test_the_batch_of_notifications_is_the_sessions_choice(task_edge, connect):
+    task_edge()
+    session = connect(notify_batch_size=1, notify_batch_window=30)
+    topics = []
+    session.register_notification_callback(lambda _e, _p, topic, data: topics.append(topic))
+    run(session, *[{"function": "math:sqrt", "args": [4]}] * 20)
+    wait_until(lambda: topics.count("task_status") >= 20, 30)
+    assert "task_status_batch" not in {topic for topic in topics if topic != "task_status_batch"}
+
+
+def test_a_registration_answers_at_once_and_tells_when_it_is_ready(task_edge, tokens, bridge):
+    task_edge()
+    with BridgeClient(bridge.url, token=tokens[1]["admin"]) as client:
+        events = []
+        client.register_callback(callback=lambda *event: events.append(event))
+        answer = client.http.post("/e1/rhapsody/register_session",
+                                  json={"backends": ["local"]}).json()
+        assert answer["status"] == "initializing"
+        early = client.http.post(f"/e1/rhapsody/submit/{answer['sid']}",
+                                 json={"tasks": [{"executable": "true"}]})
+        assert early.status_code in (200, 409)   # 409 unless the host was very fast
+        if early.status_code == 409:
+            assert "still initializing" in early.json()["detail"]
+        wait_until(lambda: [event[3] for event in events if event[2] == "session_status"], 60)
+        assert [event[3] for event in events if event[2] == "session_status"] == [
+            {"sid": answer["sid"], "status": "ready"}]
+        client.http.post(f"/e1/rhapsody/unregister_session/{answer['sid']}").raise_for_status()
+
+
+def test_a_backend_that_cannot_start_is_told_with_the_reason(task_edge, connect, monkeypatch):
+    task_edge()
+    monkeypatch.setattr(plugins, "_HOST_PROGRAM", "raise SystemExit('no luck today')\n")
+    error = refusal(connect)
+    assert error.status == 503 and "no luck today" in error.detail
+
+
+def test_statistics_count_states_and_backends(session):
+    run(session, {"executable": "true"}, {"executable": "false"}, {"function": "math:sqrt",
+                                                                   "args": [1]})
+    assert session.get_statistics() == {
+        "tasks": 3, "live": 0, "states": {"DONE": 2, "FAILED": 1},
+        "backends": {"local": {"DONE": 2, "FAILED": 1}}, "status": "ready"}
+
+
+def test_a_session_is_its_owners(task_edge, connect, tokens, bridge):
+    task_edge()
+    session = connect(scope="client")
+    other = BridgeClient(bridge.url, token=tokens[0].add("other", "client"))
+    try:
+        reply = wait_until(lambda: [reply for reply in [
+            other.http.get(f"/e1/rhapsody/statistics/{session.sid}")] if reply.status_code != 401],
+            30)[0]
+        assert reply.status_code == 403
+    finally:
+        other.close()
+
+
+# ---------------------------------------------------------------------------
+# Many
+# ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("task, value", [
+    ({"executable": "/bin/true"}, None), ({"function": "math:sqrt", "args": [9]}, 3.0)],
+    ids=["programs", "functions"])
+def test_ten_thousand_tasks_through_a_bridge_are_counted(task_edge, connect, task, value):
+    task_edge()
+    session = connect()
+    uids = [task["uid"] for task in session.submit_tasks([dict(task) for _ in range(10_000)])]
+    assert len(set(uids)) == 10_000
+    ended = session.wait_tasks(uids, 600)
+    assert [task["uid"] for task in ended] == uids
+    assert {task["state"] for task in ended} == {"DONE"}
+    assert {task.get("return_value") for task in ended} == {value}
+    assert session.get_statistics()["states"] == {"DONE": 10_000}
+    assert len(session.list_tasks()["tasks"]) == 10_000
+
+
+def test_tasks_that_differ_go_in_batches_and_a_template_is_sent_once():
+    same = [{"uid": f"u{n}", "executable": "true"} for n in range(20_000)]
+    bodies = [json.loads(body) for body in plugins.cut_submission(same)]
+    assert [len(body["uids"]) for body in bodies] == [8192, 8192, 20_000 - 2 * 8192]
+    assert bodies[0]["template"] == {"executable": "true"}
+    large = [{"uid": f"u{n}", "executable": "true", "arguments": [str(n) * 500_000]}
+             for n in range(10, 50)]
+    bodies = list(plugins.cut_submission(large))
+    assert len(bodies) > 1 and all(len(body) <= plugins.MAX_BATCH + 20 for body in bodies)
+    assert sum((json.loads(body)["tasks"] for body in bodies), []) == large
+
+
+def test_bulky_results_do_not_stay_in_the_edges_memory(session, modules):
+    modules("bulky", "def bulky(n): return 'x' * n")
+    ended = run(session, *[{"function": "bulky:bulky", "args": [500_000]} for _ in range(40)])
+    assert {len(task["return_value"]) for task in ended} == {500_000}
+    found = find_session(session)
+    assert sum(len(repr([getattr(record, name) for name in record.__slots__ if name != "link"]))
+               for record in found._records.values()) < 100_000
+
+
+# ---------------------------------------------------------------------------
+# Retries
+# ---------------------------------------------------------------------------
+
+def test_a_submission_that_is_sent_again_runs_once(session, tmp_path):
+    path = tmp_path / "count"
+    body = {"tasks": [script(f"echo x >> {path}", uid="once"), script(f"echo x >> {path}")]}
+    url, key = session._url(f"submit/{session.sid}"), {"Idempotency-Key": "k" * 20}
+    answers = [session._http.post(url, json=body, headers=key).raise_for_status().json()
+               for _ in range(3)]
+    assert answers[0] == answers[1] == answers[2]
+    session.wait_tasks([task["uid"] for task in answers[0]], PATIENCE)
+    assert path.read_text() == "x\nx\n"
+    other = session._http.post(url, json=body, headers={"Idempotency-Key": "o" * 20})
+    assert other.status_code == 409
+
+
+# ---------------------------------------------------------------------------
+# Kills
+# ---------------------------------------------------------------------------
+
+@pytest.fixture
+def killable(bridge, tokens, start, connect, modules):
+    """Run the edge as a process of its own: killable() starts it, or its successor."""
+
+    def start_edge(*more):
+        process = start("--edge", "--name", "e1", "-p", "rhapsody", "--task-limit", "2", "--url",
+                        bridge.url, *more, env={"RADICAL_BRIDGE_TOKEN": tokens[1]["edge"]},
+                        expect="registered as e1")
+        wait_until(lambda: "e1" in bridge._registry.links, 30)
+        return process
+
+    return start_edge
+
+
+def test_an_edge_that_is_killed_meanwhile_tells_the_truth_afterwards(killable, connect, tmp_path,
+                                                                     modules):
+    """Tasks go on without the edge; each runs once, and the next edge knows how each has ended."""
+    modules("slow", f"""
+        import os, time
+        def slow(n):
+            with open({str(tmp_path / "ran")!r}, "a") as file:
+                file.write(f"f{{n}}\\n")
+            while not os.path.exists({str(tmp_path / "go")!r}):
+                time.sleep(0.02)
+            return n
+    """)
+    wait = f"while [ ! -e {tmp_path}/go ]; do sleep 0.02; done"
+    edge = killable()
+    session = connect()
+    run(session, script("echo early", uid="early"))
+    session.submit_tasks(
+        [script(f"echo p{n} >> {tmp_path}/ran; {wait}; echo out; exit {n % 2}", uid=f"p{n}")
+         for n in range(6)] + [{"function": "slow:slow", "args": [n], "uid": f"f{n}"}
+                               for n in range(6)])
+    uids = [f"p{n}" for n in range(6)] + [f"f{n}" for n in range(6)]
+    wait_until(lambda: session.get_statistics()["states"].get("RUNNING") == 4, 60)
+    edge.end(9)
+    edge = killable()
+    states = {task["uid"]: task["state"] for task in session.wait_tasks(uids, 0)}
+    assert sorted(states.values()) == ["QUEUED"] * 8 + ["RUNNING"] * 4
+    edge.end(9)
+    (tmp_path / "go").touch()                     # they end while there is no edge
+    wait_until(lambda: (tmp_path / "ran").read_text().count("\n") == 12, PATIENCE)
+    killable()
+    ended = session.wait_tasks(uids, PATIENCE)
+    assert [task["state"] for task in ended] == ["DONE", "FAILED"] * 3 + ["DONE"] * 6
+    assert [task["return_value"] for task in ended[6:]] == list(range(6))
+    assert session.get_task("p0")["stdout"] == "out\n"
+    assert session.get_task("early")["stdout"] == "early\n"
+    assert sorted((tmp_path / "ran").read_text().split()) == sorted(uids)
+    error = refusal(session.submit_tasks, [{"executable": "true", "uid": "p0"}])
+    assert isinstance(error, Conflict)
+    assert run(session, {"executable": "true"})[0]["state"] == "DONE"
+
+
+def test_an_edge_whose_hosts_are_killed_too_tells_the_truth_and_leaves_no_process(
+        killable, connect, home):
+    mark = f"both-{os.getpid()}-{time.time_ns()}"
+    edge = killable()
+    session = connect()
+    run(session, script("echo early", uid="early"))
+    session.submit_tasks([script("setsid sleep 1000 & sleep 1000", uid=f"t{n}",
+                                 env={"MARK": mark}) for n in range(3)])
+    wait_until(lambda: len(processes_with(mark)) >= 6, 30)
+    settings = home / f".radical/edge/state/e1/rhapsody/tasks/{session.sid}/local/settings.json"
+    host_mark = json.loads(settings.read_text())["mark"]
+    edge.end(9)
+    for pid in processes_with(f"{session.sid}/local/host.py"):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not processes_with(f"{session.sid}/local/host.py"), 10)
+    assert processes_with(mark)                   # orphans, which somebody must end
+    killable()
+    ended = session.wait_tasks(["early", "t0", "t1", "t2"], PATIENCE)
+    assert [task["state"] for task in ended] == ["DONE"] + ["FAILED"] * 3
+    assert {task["reason"] for task in ended[1:]} == {plugins.EDGE_RESTART}
+    wait_until(lambda: not processes_with(mark), 30)
+    assert host_mark not in settings.read_text()
+    assert session.get_task("early")["stdout"] == "early\n"
+    session.submit_tasks([{"executable": "true", "uid": "after"}])
+    assert session.wait_tasks(["after"], PATIENCE)[0]["state"] == "DONE"
+
+
+def test_a_host_that_is_killed_fails_its_tasks_and_is_started_again(session):
+    mark = f"host-{os.getpid()}-{time.time_ns()}"
+    session.submit_tasks([script("sleep 1000", uid=f"t{n}", env={"MARK": mark}) for n in range(3)])
+    wait_until(lambda: processes_with(mark), 30)
+    for pid in processes_with(f"{session.sid}/local/host.py"):
+        os.kill(pid, signal.SIGKILL)
+    ended = session.wait_tasks(["t0", "t1", "t2"], PATIENCE)
+    assert {(task["state"], task["reason"]) for task in ended} == {("FAILED", "host_died")}
+    assert not processes_with(mark)
+    assert run(session, {"executable": "true"})[0]["state"] == "DONE"
+
+
+def test_ends_that_nobody_was_told_of_are_told_by_the_next_edge(killable, connect, tmp_path):
+    edge = killable()
+    session = connect()
+    told = {}
+    session.register_notification_callback(
+        lambda _e, _p, _t, data: [told.setdefault(task["uid"], task["state"])
+                                  for task in data.get("tasks", [data]) if "uid" in task and
+                                  task["state"] != "RUNNING"])
+    session.submit_tasks([script(f"while [ ! -e {tmp_path}/go ]; do sleep 0.02; done; "
+                                 f"touch {tmp_path}/{n}", uid=f"t{n}") for n in range(4)])
+    edge.end(9)
+    (tmp_path / "go").touch()
+    wait_until(lambda: (tmp_path / "3").exists(), PATIENCE)
+    killable()
+    wait_until(lambda: told == {f"t{n}": "DONE" for n in range(4)}, 60)
+
+
+def test_an_edge_that_ends_in_good_order_leaves_the_tasks_running(killable, connect, tmp_path):
+    edge = killable()
+    session = connect()
+    session.submit_tasks([script(f"while [ ! -e {tmp_path}/go ]; do sleep 0.02; done", uid="a")])
+    wait_until(lambda: session.wait_tasks(["a"], 0)[0]["state"] == "RUNNING", 30)
+    status, _ = edge.end()
+    assert status == 0
+    killable()
+    assert session.wait_tasks(["a"], 0)[0]["state"] == "RUNNING"
+    (tmp_path / "go").touch()
+    assert session.wait_tasks(["a"], PATIENCE)[0]["state"] == "DONE"
+
+
+def test_an_idle_host_ends_with_its_edge(killable, connect):
+    edge = killable()
+    session = connect()
+    run(session, {"executable": "true"}, {"function": "math:sqrt", "args": [1]})
+    assert processes_with(f"{session.sid}/local/host.py")
+    edge.end(9)
+    wait_until(lambda: not processes_with(f"{session.sid}/local/host.py"), 30)
+    killable()
+
+
+# ---------------------------------------------------------------------------
+# Logs and exceptions, without an edge
+# ---------------------------------------------------------------------------
+
+def test_a_log_is_read_up_to_where_its_writer_was_killed(tmp_path):
+    path = tmp_path / "tasks.log"
+    log = plugins.TaskLog(path)
+    taken = log.take({"tasks": [{"executable": "a"}], "uids": ["x", "y"], "first": 3, "key": "k"})
+    [end] = log.append([{"uid": "x", "state": "DONE"}])
+    log.close()
+    with open(path, "ab") as file:
+        file.write(b'{"uid": "y", "sta')
+    assert plugins.read_entry(path, tuple(taken[0][2:])) == {"executable": "a"}
+    assert [row[:2] for row in taken] == [("x", 3), ("y", 4)]
+    log = plugins.TaskLog(path)                   # the next writer
+    log.append([{"uid": "y", "state": "FAILED"}])
+    log.close()
+    values = [value for _, _, value in plugins.read_log(path)]
+    assert values[0] == {"taken": [list(row) for row in taken], "key": "k"}
+    assert values[1:] == [{"uid": "x", "state": "DONE"}, {"uid": "y", "state": "FAILED"}]
+    assert plugins.read_entry(path, end) == {"uid": "x", "state": "DONE"}
+    assert [value for _, _, value in plugins.read_log(path, end[0])] == values[1:]
+
+
+def test_a_full_disk_leaves_a_log_whole(tmp_path, monkeypatch):
+    log = plugins.TaskLog(tmp_path / "tasks.log")
+    log.append([{"uid": "x", "state": "DONE"}])
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:5]) if
+                        len(data) > 10 else (_ for _ in ()).throw(OSError(28, "no space")))
+    with pytest.raises(OSError):
+        log.append([{"uid": "yyyy", "state": "DONE"}])
+    monkeypatch.undo()
+    log.append([{"uid": "z", "state": "DONE"}])
+    log.close()
+    assert [value["uid"] for _, _, value in plugins.read_log(tmp_path / "tasks.log")] == ["x", "z"]
+
+
+def test_the_check_says_which_backends_are_missing_and_why(tmp_path, home):
+    done = subprocess.run([sys.executable, SCRIPT, "--check", "-p", "rhapsody", "--url",
+                           "http://127.0.0.1:1"], capture_output=True, text=True, timeout=60)
+    assert "rhapsody: ok" in done.stdout
+    missing = [name for name in plugins.BACKENDS if plugins.find_missing(name)]
+    for name in missing:
+        assert f"backend {name}: {plugins.find_missing(name)}" in done.stdout
