@@ -537,8 +537,11 @@ class FrameParser:
             raise ProtocolError(f"frame head {first:02x}{second:02x}")
         if (second >= 0x80) != self._masked:
             raise ProtocolError("masked frame" if second >= 0x80 else "frame without a mask")
-        if opcode >= Opcode.CLOSE and (first < 0x80 or second & 0x7F > MAX_CONTROL_PAYLOAD):
-            raise ProtocolError("control frame in fragments or too long")
+        if opcode >= Opcode.CLOSE:
+            if first < 0x80 or second & 0x7F > MAX_CONTROL_PAYLOAD:
+                raise ProtocolError("control frame in fragments or too long")
+        elif (opcode is Opcode.CONTINUATION) != (self._opcode is not None):
+            raise ProtocolError("fragments out of order")
         return opcode
 
     @staticmethod
@@ -554,8 +557,6 @@ class FrameParser:
 
     def _join(self, opcode: Opcode, fin: bool,
               payload: bytes) -> Optional[Tuple[Opcode, Union[str, bytes]]]:
-        if (opcode is Opcode.CONTINUATION) != (self._opcode is not None):
-            raise ProtocolError("fragments out of order")
         if not fin or self._opcode is not None:
             self._opcode = self._opcode or opcode
             self._fragments += payload
@@ -619,6 +620,7 @@ HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-connection", "proxy-a
                         "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade",
                         "expect", "http2-settings"))
 SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))      # they only read; RFC 9110, section 9.2.1
+_FRAMING_FIELDS = frozenset(("transfer-encoding", "content-length", "host"))
 _REASONS = {int(status): status.phrase for status in HTTPStatus}
 
 
@@ -866,7 +868,9 @@ class RequestParser:
             return None
         if line:                                  # checked, counted and dropped
             self._trailer.append(line)
-            parse_fields(self._trailer)
+            if not _FRAMING_FIELDS.isdisjoint(parse_fields(self._trailer)):
+                raise BadRequest("a trailer must not say how the message is framed or for whom it "
+                                 "is (RFC 9110, section 6.5.1)")
             return self._parse_trailer()
         self._phase = _Phase.HEAD
         return END
@@ -7322,7 +7326,9 @@ def _is_label(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= 256 and value.isprintable()
 
 
-_ROUTE_PATTERN = re.compile(r"[A-Za-z0-9._~{}/:@!$&'()*+,;=-]{1,256}")
+_METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH")
+_SEGMENT = r"(?:\{[A-Za-z_][A-Za-z0-9_]*\})?[A-Za-z0-9._~:@!$&'()*+,;=-]*"
+_ROUTE_PATTERN = re.compile(f"{_SEGMENT}(?:/{_SEGMENT})*")
 
 
 def _parse_routes(value: Any) -> List[Tuple[str, str]]:
@@ -7330,10 +7336,14 @@ def _parse_routes(value: Any) -> List[Tuple[str, str]]:
     pairs = value if isinstance(value, list) else []
     return [(pair[0], pair[1]) for pair in pairs[:MAX_FIELDS]
             if isinstance(pair, list) and len(pair) == 2 and pair[0] in _METHODS
-            and isinstance(pair[1], str) and _ROUTE_PATTERN.fullmatch(pair[1])]
+            and _is_pattern(pair[1])]
 
 
-_METHODS = frozenset(("GET", "POST", "PUT", "DELETE", "PATCH"))
+def _is_pattern(value: Any) -> bool:
+    if not isinstance(value, str) or len(value) > 256 or not _ROUTE_PATTERN.fullmatch(value):
+        return False
+    names = re.findall(r"\{(\w+)\}", value)
+    return len(set(names)) == len(names)
 
 
 def _route_key(pattern: str) -> Tuple[str, int]:
