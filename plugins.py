@@ -1658,8 +1658,8 @@ def report(final=False, **status):
     while True:
         try:
             return write("status.json", status)
-        except OSError:                           # the disk is full; the end must not be lost
-            if not final:
+        except OSError as error:                  # the disk is full; the end must not be lost
+            if not final or error.errno == errno.ENOENT:         # the job was forgotten meanwhile
                 return
             time.sleep(1)
 

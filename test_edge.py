@@ -4569,7 +4569,7 @@ class PsijHost:
 
     def processes(self):
         """Return the supervisors and jobs that run for this HOME."""
-        found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
+        found = subprocess.run(["ps", "-wweo", "pid,args"], capture_output=True, text=True).stdout
         return [line for line in found.splitlines() if str(self.home) in line]
 
     def told(self, job_id):
@@ -4746,6 +4746,14 @@ def test_jobs_live_on_while_the_edge_is_gone_and_are_found_again(psij):
     psij.restart()
     assert psij.status(sleeping)["state"] == "CANCELED"
     assert psij.told(ended) == []                 # its end had been told
+
+
+def test_a_job_whose_directory_is_deleted_leaves_no_supervisor(psij, home):
+    jobs = home / "state/psij/jobs"
+    psij.shell(f'while [ ! -e "{home}/go" ]; do sleep 0.02; done; rm -r "{jobs}"/*; exit 3')
+    assert list(jobs.iterdir()) and psij.processes()
+    (home / "go").touch()
+    wait_until(lambda: not psij.processes(), what="the end of the job and its supervisor")
 
 
 def test_a_job_whose_supervisor_was_killed_is_told_of_in_truth(psij):
@@ -4932,7 +4940,7 @@ def test_one_command_starts_bridge_and_edge_and_one_more_runs_a_job(start, home)
     assert "load_avg" in run("--call", "laptop/sysinfo/metrics/{sid}")
     assert "no route" in run("--call", "laptop/sysinfo/none", status=1)
     token = (home / ".radical/edge/token").read_text().strip()
-    shown = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    shown = subprocess.run(["ps", "-wweo", "args"], capture_output=True, text=True).stdout
     assert token not in shown and not any(token in line for line in [*both.lines, *both.errors])
     status, seconds = both.end()
     assert status == 0 and seconds < 3
