@@ -179,6 +179,8 @@ SWEEP_S = 0.25                 # deadlines are looked at so often
 RELOAD_S = 1.0                 # token files are looked at so often
 LOGIN_FAILURES = 10            # wrong tokens an address has, per LOGIN_WINDOW_S
 LOGIN_WINDOW_S = 60.0
+SIGNATURE_S = 300.0            # a client's signature is good so long; clocks may differ so much
+MAX_NONCES = 100_000           # signatures remembered for that time
 COOKIE_S = 12 * 3600           # a browser's sign-in lasts so long
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -619,6 +621,9 @@ _SINGLE_FIELDS = frozenset(("host", "content-length", "transfer-encoding", "cont
 HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-connection", "proxy-authenticate",
                         "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade",
                         "expect", "http2-settings"))
+# fields of a client's request that an edge does not get: credentials, and what only we may say
+NOT_FORWARDED = HOP_BY_HOP | {"authorization", "cookie", "host", "content-length", "origin",
+                              "referer"}
 SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))      # they only read; RFC 9110, section 9.2.1
 _FRAMING_FIELDS = frozenset(("transfer-encoding", "content-length", "host"))
 _REASONS = {int(status): status.phrase for status in HTTPStatus}
@@ -2603,6 +2608,151 @@ def parse_authorization(value: str) -> str:
         return ""
 
 
+# -- end to end: what a client signs and an edge checks, so that a bridge cannot make it up
+
+class SigningKey(NamedTuple):
+    """A secret that a client and edges share, and no bridge knows."""
+    key_id: str
+    secret: bytes
+
+
+def make_signing_key(name: str) -> str:
+    """Return a new key of 256 random bits as a line of a key file, "NAME KEY"."""
+    if not is_valid_name(name):
+        raise Unprocessable(f"name: {name!r} is not 1 to 64 letters, digits, '.', '_' or '-'")
+    return f"{name} {secrets.token_urlsafe(32)}"
+
+
+def read_signing_keys(path: Path) -> Dict[str, SigningKey]:
+    """Return the keys in a file that only its owner can read, by name; "#" begins a comment.
+
+    Raises EdgeError, which names the line, when it is not there or is not right.
+    """
+    text = read_private(path)
+    if text is None:
+        raise EdgeError(f"--client-key: there is no file {path}: make a key with --token keygen")
+    keys = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip() and not line.startswith("#"):
+            match = re.fullmatch(r"([A-Za-z0-9._-]{1,64}) +([A-Za-z0-9_-]{43})", line.strip())
+            if match is None or match[1] in keys:
+                raise EdgeError(f"{path}, line {number}: not 'NAME KEY' as --token keygen makes it, "
+                                "or a name that was there")
+            keys[match[1]] = SigningKey(match[1], base64.urlsafe_b64decode(match[2] + "="))
+    if not keys:
+        raise EdgeError(f"{path} has no key: make one with --token keygen")
+    return keys
+
+
+def encode_digest(digest: bytes) -> str:
+    """Return a SHA-256 digest as a Content-Digest field has it (RFC 9530, section 2)."""
+    return f"sha-256=:{base64.b64encode(digest).decode()}:"
+
+
+def _signature_base(method: str, target: str, fields: Dict[str, str], covered: Iterable[str],
+                    params: str) -> bytes:
+    """Return what is signed (RFC 9421, section 2.5). Raises KeyError for a field that is missing.
+
+    target: path and query as the client asked for them, without the prefix of a reverse proxy.
+    """
+    path, _, query = target.partition("?")
+    derived = {"@method": method, "@path": path, "@query": "?" + query}
+    lines = [f'"{name}": {derived[name] if name.startswith("@") else fields[name].strip()}'
+             for name in covered]
+    return "\n".join([*lines, f'"@signature-params": {params}']).encode(errors="surrogatepass")
+
+
+_COVERED = ("@method", "@path", "@query", "content-digest")      # by every signature
+_COMPONENT = '"@?[a-z0-9!#$%&\'*+.^_`|~-]{1,64}"'
+_SIGNATURE_INPUT = re.compile(
+    rf"([a-z][a-z0-9_.*-]{{0,31}})=(\(({_COMPONENT}(?: {_COMPONENT}){{0,63}})\)"
+    r'((?:;[a-z]{1,16}=(?:[0-9]{1,15}|"[ !#-\[\]-~]{0,128}"))*))')
+# fields that mean the same to a handler whatever a bridge makes of them
+_UNSIGNED_FIELDS = frozenset(("accept", "accept-encoding", "content-length", "user-agent",
+                              "x-forwarded-scope", "x-forwarded-user", "x-request-id"))
+
+
+class Signer:
+    """Signs a client's requests (RFC 9421, hmac-sha256). Any thread."""
+
+    def __init__(self, key: SigningKey) -> None:
+        self._key = key
+
+    def sign(self, method: str, target: str, digest: bytes,
+             fields: Dict[str, str]) -> Dict[str, str]:
+        """Return the fields to add to a request; each call makes a fresh signature.
+
+        target: path and query, without the prefix of a reverse proxy. digest: SHA-256 of the body.
+        fields: those that are sent and that a bridge passes on are covered.
+        """
+        sent = {name.lower(): value for name, value in fields.items()
+                if name.lower() not in NOT_FORWARDED | _UNSIGNED_FIELDS}
+        sent["content-digest"] = encode_digest(digest)
+        covered = [*_COVERED, *sorted(sent.keys() - set(_COVERED))]
+        names = " ".join(f'"{name}"' for name in covered)
+        params = (f'({names});created={int(time.time())};nonce="{secrets.token_urlsafe(18)}"'
+                  f';keyid="{self._key.key_id}";alg="hmac-sha256"')
+        base = _signature_base(method, target, sent, covered, params)
+        code = base64.b64encode(hmac.new(self._key.secret, base, hashlib.sha256).digest()).decode()
+        return {"Content-Digest": sent["content-digest"], "Signature-Input": f"sig1={params}",
+                "Signature": f"sig1=:{code}:"}
+
+
+class Signature(NamedTuple):
+    """A valid signature: whose, when, how it is called, and the fields that it covers."""
+    key_id: str
+    created: int
+    nonce: str
+    fields: Dict[str, str]
+
+
+def check_signature(keys: Dict[str, SigningKey], method: str, target: str,
+                    fields: Dict[str, str]) -> Signature:
+    """Return the signature of a request. Raises Unauthorized unless it is there and valid.
+
+    Whether it is fresh, and whether the body has the digest, is for the caller to see.
+    """
+    given, code = fields.get("signature-input"), fields.get("signature")
+    if given is None or code is None:
+        raise Unauthorized("this edge takes only signed requests that change something: use "
+                           "--client-key, with a key that the edge knows")
+    match = _SIGNATURE_INPUT.fullmatch(given)
+    if match is None:
+        raise Unauthorized("Signature-Input: not one signature with plain parameters (RFC 9421)")
+    label, params, names, rest = match.groups()
+    covered = re.findall('"([^"]+)"', names)
+    values = dict(re.findall(r';([a-z]+)="?([^";]*)"?', rest))
+    key, created = keys.get(values.get("keyid", "")), values.get("created", "")
+    if key is None or values.get("alg", "hmac-sha256") != "hmac-sha256" or \
+            not created.isdigit() or not 16 <= len(values.get("nonce", "")) <= 64:
+        raise Unauthorized("Signature-Input: created, nonce (16 to 64 characters), keyid of a key "
+                           "that this edge knows, and alg hmac-sha256 are needed")
+    if len(set(covered)) != len(covered) or not set(_COVERED) <= set(covered):
+        raise Unauthorized(f"Signature-Input: it must cover {', '.join(_COVERED)}, each name once")
+    try:
+        base = _signature_base(method, target, fields, covered, params)
+    except KeyError as error:
+        raise Unauthorized(f"Signature-Input: it covers {error}, which is not there") from None
+    wanted = base64.b64encode(hmac.new(key.secret, base, hashlib.sha256).digest()).decode()
+    if not hmac.compare_digest(f"{label}=:{wanted}:".encode(), code.encode(errors="replace")):
+        raise Unauthorized("Signature: it does not fit this request: was it changed on its way?")
+    kept = {name: value for name, value in fields.items()
+            if name in covered or name in _UNSIGNED_FIELDS}
+    return Signature(key.key_id, int(created), values["nonce"], kept)
+
+
+def find_signer(path: Optional[str] = None) -> Optional[Signer]:
+    """Return what signs a client's requests: the first key of a file, None without one.
+
+    path: default RADICAL_CLIENT_KEY, then ~/.radical/edge/client.key. Raises EdgeError.
+    """
+    given = path or os.environ.get("RADICAL_CLIENT_KEY")
+    found = Path(given).expanduser() if given else home_dir() / "client.key"
+    if not given and not found.exists():
+        return None
+    return Signer(next(iter(read_signing_keys(found).values())))
+
+
 def server_tls(cert: str, key: Optional[str]) -> ssl.SSLContext:
     """Return the context of a bridge. Raises ValueError when the files cannot be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -3416,6 +3566,15 @@ class BodyReader:
         self._ended = False                       # guarded by _lock
         self._error: Optional[EdgeError] = None   # guarded by _lock
         self._waiter: Optional[Callable[[], None]] = None        # guarded by _lock
+        self._digest: Optional[str] = None        # what Content-Digest says; set before any read
+        self._hash = hashlib.sha256()
+
+    def expect(self, digest: str) -> None:
+        """Let take() fail in place of the end when the body has another Content-Digest than this.
+
+        Who acts only on a whole body, as all that replaces a file does, then does not act at all.
+        """
+        self._digest = digest
 
     def feed(self, piece: Union[bytes, memoryview], *, end: bool = False) -> None:
         """Add a piece; `end` when it is the last."""
@@ -3438,8 +3597,12 @@ class BodyReader:
             if not self._pieces:
                 if self._error is not None and not self._ended:
                     raise self._error
+                if self._ended and self._digest not in (None, encode_digest(self._hash.digest())):
+                    raise BadRequest("Content-Digest: the body that came is another one")
                 return b"" if self._ended else None
             piece = self._pieces.popleft()
+        if self._digest is not None:
+            self._hash.update(piece)
         self._on_read(len(piece))
         return bytes(piece)
 
@@ -4841,6 +5004,90 @@ class OnceStore:
             entry.response = Response(base64.b64decode(body), status, headers)
 
 
+class SignatureCheck:
+    """Lets only requests pass that a client has signed, each signature once. On one thread.
+
+    path: the file of the keys. folder: where signatures are remembered, for SIGNATURE_S, so that
+    none is good again after a restart. edge: its name, which is part of what is signed.
+    """
+
+    def __init__(self, path: Path, folder: Path, edge: str) -> None:
+        self._path, self._edge = path, edge
+        self._keys = read_signing_keys(path)      # replaced as a whole
+        self._journal = Journal(folder, max_records=2 * MAX_NONCES, max_bytes=MAX_UNSENT_BYTES)
+        # when it was made, by signature, the oldest first
+        self._used: "collections.OrderedDict[str, int]" = collections.OrderedDict()
+
+    def open(self) -> None:
+        """Take over what an earlier process has seen. Blocks."""
+        self._journal.open()
+        for number in range(self._journal.first, self._journal.last + 1):
+            record = self._journal.get(number)
+            if record is not None and len(record.head) == 2:
+                self._used[str(record.head[0])] = int(record.head[1])
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._journal.close()
+
+    def reload(self) -> None:
+        """Read the keys again. Blocks. Raises EdgeError, and keeps those that it has."""
+        self._keys = read_signing_keys(self._path)
+
+    def run(self, call_: Call, start: Callable[[Call], None]) -> None:
+        """Call `start` once the signature is known to be good and is on disk. Raises EdgeError."""
+        incoming = call_.incoming
+        signature, number = self._take(incoming, f"/{self._edge}{incoming.target}")
+        digest = signature.fields["content-digest"]
+        if call_.reader is not None:
+            call_.reader.expect(digest)           # the body is on its way
+        elif digest != encode_digest(hashlib.sha256(incoming.body).digest()):
+            raise BadRequest("Content-Digest: the body that came is another one")
+        # what is not covered, a bridge may have added
+        call_.incoming = incoming._replace(headers=signature.fields)
+        if call_.notes is not None:
+            call_.notes["key"] = signature.key_id
+        self._journal.when_written(number, lambda: self._start(call_, start))
+
+    def check(self, incoming: EdgeRequest) -> None:
+        """Take a signature without more. Raises EdgeError; `target` is all of it."""
+        self._take(incoming, incoming.target)
+
+    def _start(self, call_: Call, start: Callable[[Call], None]) -> None:
+        if self._journal.is_failing:              # a restart would forget it
+            call_.respond(error_response(Unavailable(
+                "the edge cannot write down the signature: its disk is full or away",
+                headers=_retry_after(10))))
+        else:
+            start(call_)
+
+    def _take(self, incoming: EdgeRequest, target: str) -> Tuple[Signature, int]:
+        signature = check_signature(self._keys, incoming.method, target, incoming.headers)
+        now = time.time()
+        if abs(now - signature.created) > SIGNATURE_S:
+            raise Unauthorized(f"Signature: made {now - signature.created:.0f} s ago by our clock; "
+                               f"it is good for {SIGNATURE_S:.0f} s",
+                               headers={"X-Signature": "stale"})
+        self._forget_old(now)
+        name = _digest(f"{signature.key_id} {signature.nonce}")
+        if name in self._used:
+            raise Unauthorized("Signature: it was used before: sign each request anew",
+                               headers={"X-Signature": "used"})
+        if len(self._used) >= MAX_NONCES:         # none may be forgotten before its time
+            raise TooManyRequests("too many signed requests within a few minutes",
+                                  headers=_retry_after(30))
+        self._used[name] = signature.created
+        return signature, self._journal.append([name, signature.created], b"0").number
+
+    def _forget_old(self, now: float) -> None:
+        while self._used:
+            name, created = next(iter(self._used.items()))
+            if created >= now - 2 * SIGNATURE_S:  # made ahead of our clock, it lasts twice as long
+                return
+            del self._used[name]
+            self._journal.drop_until(self._journal.last - len(self._used))
+
+
 class _Hosted:
     """A plugin with the thread, the loop and the workers that are its own."""
 
@@ -4872,9 +5119,10 @@ class PluginHost:
     def __init__(self, name: str, role: str, state_dir: Path, *, bridge_url: str = "",
                  notify: Callable[[str, str, Any], Optional[WhenSafe]],
                  changed: Callable[[], None], once: Optional[OnceStore] = None,
-                 audit: Optional[AuditLog] = None, uplink: Optional[Uplink] = None,
+                 audit: Optional[AuditLog] = None,
+                 signatures: Optional[SignatureCheck] = None, uplink: Optional[Uplink] = None,
                  options: Optional[Dict[str, Any]] = None) -> None:
-        self.name, self._once, self._audit = name, once, audit
+        self.name, self._once, self._audit, self._signatures = name, once, audit, signatures
         self._notify, self._changed = notify, changed
         self._state_dir = state_dir
         state = types.SimpleNamespace(edge_name=name, role=role, state_dir=state_dir,
@@ -4980,8 +5228,18 @@ class PluginHost:
 
     def dispatch(self, call_: Call) -> None:
         """Answer a request, soon and on any thread. Never raises."""
-        if self._audit is not None and call_.incoming.method not in SAFE_METHODS:
+        changes = call_.incoming.method not in SAFE_METHODS
+        if changes and self._audit is not None:
             call_ = _AuditedCall(call_, self.name, self._audit)
+        if changes and self._signatures is not None:
+            try:
+                self._signatures.run(call_, self._dispatch)
+            except EdgeError as error:
+                call_.respond(error_response(error))
+        else:
+            self._dispatch(call_)
+
+    def _dispatch(self, call_: Call) -> None:
         try:
             hosted, route, request = self._resolve(call_)
             if self._once is not None and request.idempotency_key and request.method == "POST":
@@ -5950,7 +6208,13 @@ class _BridgeLink:
         self.channel.close("refused by the bridge")
 
     def _on_shutdown(self, message: Dict[str, Any]) -> None:
-        edge_log.info("%s: told to end: %s", self.url, str(message.get("reason"))[:200])
+        try:
+            self._edge.check_shutdown(message.get("request"))
+        except EdgeError as error:                # it goes on, and comes back if it is cut off
+            edge_log.warning("%s: told to end, but not by a client of ours: %s", self.url,
+                             error.detail)
+            return
+        edge_log.info("%s: told to end: %.200r", self.url, str(message.get("reason")))
         self._edge.request_stop()
 
 
@@ -5961,7 +6225,8 @@ class Edge:
     plugins: names or prefixes, None for all that work here. cert: see client_tls().
     token: None to look it up again at each connect. state_dir: where sessions and jobs are kept.
     tunnel, via: how to reach the bridge where that takes a login node; see Tunnel.
-    options: for plugins, as app.state.options. on_end: called, on any thread, when the bridge tells
+    options: for plugins, as app.state.options. client_key: a file of keys; then only requests that
+    are signed with one may change something. on_end: called, on any thread, when the bridge tells
     the edge to end; then call stop().
     """
 
@@ -5969,7 +6234,7 @@ class Edge:
                  plugins: Optional[Iterable[str]] = None, token: Optional[str] = None,
                  cert: Optional[str] = None, state_dir: Optional[Path] = None,
                  heartbeat: float = HEARTBEAT_S, tunnel: str = "none", via: Optional[str] = None,
-                 options: Optional[Dict[str, Any]] = None,
+                 options: Optional[Dict[str, Any]] = None, client_key: Optional[str] = None,
                  on_end: Optional[Callable[[], None]] = None) -> None:
         self.name = name or default_edge_name()
         if not is_valid_name(self.name) or self.name in RESERVED_NAMES:
@@ -6000,10 +6265,12 @@ class Edge:
         self._lock = StateLock(self._state_dir, self.request_stop)
         self._once = OnceStore(self._state_dir / "once")
         self.audit = AuditLog(self._state_dir / "audit.jsonl")
+        self.signatures = SignatureCheck(Path(client_key).expanduser(), self._state_dir / "signatures",
+                                         self.name) if client_key else None
         self.host = PluginHost(self.name, ROLE_EDGE, self._state_dir, bridge_url=str(known[0].url),
                                notify=self._notify, changed=self._on_plugins_changed,
-                               once=self._once, audit=self.audit, uplink=self.uplink,
-                               options=options)
+                               once=self._once, audit=self.audit, signatures=self.signatures,
+                               uplink=self.uplink, options=options)
 
     @property
     def stopping(self) -> bool:
@@ -6024,6 +6291,8 @@ class Edge:
         self.journal.open()
         self._once.open()
         self.audit.open()
+        if self.signatures is not None:
+            self.signatures.open()
         self.host.load(select_plugins(self._wanted))
         self._transport.start()
         self._transport.submit(self._start_links()).result()
@@ -6041,6 +6310,8 @@ class Edge:
         self.journal.close()
         self._once.close()
         self.audit.close()
+        if self.signatures is not None:
+            self.signatures.close()
         self._lock.release()
         return self._transport.stop() and clean
 
@@ -6070,6 +6341,14 @@ class Edge:
         """Wait, but not longer than until the edge stops."""
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._stop.wait(), seconds)
+
+    def check_shutdown(self, request: Any) -> None:
+        """Raise EdgeError when clients must sign, and none has signed that this edge shall end."""
+        if self.signatures is None:
+            return
+        fields = request if isinstance(request, dict) else {}
+        self.signatures.check(EdgeRequest("-", "POST", f"/edge/disconnect/{self.name}", {
+            name: str(fields[name]) for name in fields if isinstance(name, str)}, b""))
 
     def on_acked(self) -> None:
         """Forget the notifications that all bridges have got."""
@@ -6147,8 +6426,6 @@ _EDGE_FIELDS = frozenset(("content-type", "content-disposition", "content-encodi
                           "content-language", "content-range", "accept-ranges", "etag",
                           "last-modified", "retry-after", "allow"))
 _OUR_FIELDS = frozenset(("x-request-id", "x-content-type-options", "x-frame-options"))
-# fields of a client's request that an edge does not get: credentials, and what only we may say
-_KEPT_BACK = HOP_BY_HOP | {"authorization", "cookie", "host", "content-length", "origin", "referer"}
 _LIMIT_STATUSES = frozenset((408, 413, 414, 429, 431, 503))
 # what an edge answers is not ours: no script in it may run with this origin's cookie
 _FOREIGN_POLICY = ("Content-Security-Policy", "sandbox; default-src 'none'")
@@ -7929,7 +8206,10 @@ class _Routes:
         if name == BRIDGE_NAME:
             raise BadRequest("the bridge is not an edge: use POST /bridge/terminate to end it")
         link = self._registry.find(name)
-        link.send({"type": "shutdown", "reason": f"disconnected by {exchange.identity.name}"})
+        fields = exchange.head.fields             # an edge may want to see that a client signed it
+        link.send({"type": "shutdown", "reason": f"disconnected by {exchange.identity.name}",
+                   "request": {name: value for name, value in fields.items()
+                               if name not in NOT_FORWARDED}})
         link.close(CloseCode.NORMAL, "disconnected by a client")
         return {"status": "shutdown", "edge": name}
 
@@ -8315,7 +8595,7 @@ class Bridge:
         fields = exchange.head.fields
         dropped = connection_options(fields)
         headers = {name: value for name, value in fields.items()
-                   if name not in _KEPT_BACK and not name.startswith("x-forwarded-")
+                   if name not in NOT_FORWARDED and not name.startswith("x-forwarded-")
                    and name not in dropped}
         if exchange.upload is not None and exchange.head.length is not None:
             headers["content-length"] = str(exchange.head.length)
@@ -8575,8 +8855,29 @@ def new_key() -> Dict[str, str]:
     return {"Idempotency-Key": secrets.token_hex(16)}
 
 
+def sign_request(signer: Optional[Signer], method: str, path: str, content: Any,
+                 fields: Dict[str, str]) -> Dict[str, str]:
+    """Return the fields that sign a request; {} for one that only reads, or without a key.
+
+    content: what is sent, bytes or an open file, which is read twice. Raises ValueError for an
+    iterable, which can be read only once, when it is about to be sent.
+    """
+    if signer is None or method in SAFE_METHODS:
+        return {}
+    if hasattr(content, "read") and hasattr(content, "seek"):
+        begin, found = content.tell(), hashlib.sha256()
+        for piece in iter(lambda: content.read(MAX_WINDOW), b""):
+            found.update(piece)
+        content.seek(begin)
+        return signer.sign(method, path, found.digest(), fields)
+    if content is not None and not isinstance(content, (bytes, str)):
+        raise ValueError("a signed request needs bytes or a file that can be read twice")
+    body = content.encode("latin-1") if isinstance(content, str) else content or b""
+    return signer.sign(method, path, hashlib.sha256(body).digest(), fields)
+
+
 def _urlopen(targets: List[Target], method: str, path: str, body: Any = None,
-             timeout: float = CLIENT_TIMEOUT_S) -> Any:
+             timeout: float = CLIENT_TIMEOUT_S, client_key: Optional[str] = None) -> Any:
     """Return the reply's JSON value (None when empty). No redirects: they would carry the token."""
     headers, data = {"Accept": "application/json"}, None
     if body is not None or method == "POST":
@@ -8584,10 +8885,12 @@ def _urlopen(targets: List[Target], method: str, path: str, body: Any = None,
         headers["Content-Type"] = "application/json"
     if method == "POST":
         headers.update(new_key())
+    signer = find_signer(client_key)
 
     def send(target: Target) -> Tuple[Any, bytes]:
+        signed = sign_request(signer, method, path, data, headers)
         request = urllib.request.Request(str(target.url) + path, data,
-                                         {**target.headers, **headers}, method=method)
+                                         {**target.headers, **headers, **signed}, method=method)
         opener = urllib.request.OpenerDirector()
         opener.add_handler(_Handler(target))
         try:
@@ -8623,17 +8926,18 @@ def list_plugins(edge: str, *, url: Optional[str] = None, token: Optional[str] =
 def call(edge: str, plugin_name: str, route: str, body: Any = None, *,
          method: Optional[str] = None, params: Optional[Dict[str, Any]] = None,
          url: Optional[str] = None, token: Optional[str] = None, cert: Optional[str] = None,
-         timeout: float = CLIENT_TIMEOUT_S) -> Any:
+         timeout: float = CLIENT_TIMEOUT_S, client_key: Optional[str] = None) -> Any:
     """Call a plugin's route and return the JSON value it answers.
 
-    method: POST when there is a body, else GET. params: the query. timeout: seconds.
+    method: POST when there is a body, else GET. params: the query. timeout: seconds. client_key: a
+    file, to sign what changes something; see find_signer().
     Raises EdgeError, whose status and detail are the reply's.
     """
     path = "/".join(["", _quote(edge), _quote(plugin_name), route.lstrip("/")])
     if params:
         path += "?" + urllib.parse.urlencode(params)
     method = method or ("GET" if body is None else "POST")
-    return _urlopen(find_bridges(url, token, cert), method, path, body, timeout)
+    return _urlopen(find_bridges(url, token, cert), method, path, body, timeout, client_key)
 
 
 def events(*, url: Optional[str] = None, token: Optional[str] = None, cert: Optional[str] = None,
@@ -8785,12 +9089,14 @@ class HttpClient:
     another. Any thread may use it.
 
     A POST gets an Idempotency-Key, so that it may be sent again when a connection drops.
+    signer: signs what changes something, anew each time that it is sent.
     """
 
     MAX_IDLE = 16
 
-    def __init__(self, bridges: Bridges, timeout: float = CLIENT_TIMEOUT_S) -> None:
-        self._bridges, self._timeout = bridges, timeout
+    def __init__(self, bridges: Bridges, timeout: float = CLIENT_TIMEOUT_S,
+                 signer: Optional[Signer] = None) -> None:
+        self._bridges, self._timeout, self._signer = bridges, timeout, signer
         self._lock = threading.Lock()
         self._idle: List[_Connection] = []        # guarded by _lock
 
@@ -8822,10 +9128,12 @@ class HttpClient:
             path += "?" + urllib.parse.urlencode(params)
         whole = content is None or isinstance(content, (bytes, str))
 
-        def send(target: Target) -> HttpResponse:
+        def send(target: Target, again: bool = whole) -> HttpResponse:
             connection, reply = self._send(target, method, path, content, fields)
             response = HttpResponse(reply.status, reply.headers, self._read(connection, reply))
             self._give_back(connection, reply)
+            if again and reply.headers.get("X-Signature") == "used":
+                return send(target, again=False)  # a bridge sent it twice; the key makes it one
             return response
 
         return self._bridges.run(whole, send)
@@ -8858,10 +9166,11 @@ class HttpClient:
 
     def _send(self, target: Target, method: str, path: str, content: Any,
               fields: Dict[str, str]) -> Tuple[_Connection, http.client.HTTPResponse]:
+        signed = sign_request(self._signer, method, path, content, fields)
         connection = self._take(target)
         try:
             connection.request(method, target.url.prefix + path, content,
-                               {**target.headers, **fields},
+                               {**target.headers, **fields, **signed},
                                encode_chunked="Content-Length" not in fields)
             return connection, connection.getresponse()
         except BaseException:
@@ -8908,15 +9217,17 @@ class BridgeClient:
     """A program's connection to a bridge: edges, their plugins, and callbacks for events.
 
     url: of the bridge, or of several, separated by commas, of which one that works is used.
+    client_key: a file, to sign what changes something; see find_signer().
 
     Callbacks run one after the other, in a thread of the client's own. register_callback() returns
     once the subscription stands: what happens after it is not missed.
     """
 
     def __init__(self, url: Optional[str] = None, cert: Optional[str] = None,
-                 token: Optional[str] = None, timeout: float = CLIENT_TIMEOUT_S) -> None:
+                 token: Optional[str] = None, timeout: float = CLIENT_TIMEOUT_S,
+                 client_key: Optional[str] = None) -> None:
         self._bridges = Bridges(find_bridges(url, token, cert))
-        self._http = HttpClient(self._bridges, timeout)
+        self._http = HttpClient(self._bridges, timeout, find_signer(client_key))
         self._lock = threading.Lock()
         self._callbacks: Dict[_CallbackKey, List[Callback]] = {}                 # guarded by _lock
         self._topology_callbacks: List[Callable[[Dict[str, Any]], None]] = []    # guarded by _lock
@@ -9193,10 +9504,9 @@ Run:       --bridge  --edge        the meeting point; plugins on this machine; o
   --tunnel none|reverse|forward|relay   of an edge that an edge started: how to reach the bridge
   --tunnel-via HOST                ... by way of this login node         [where it was submitted]
   --state DIR                      where sessions and jobs are kept      [~/.radical/edge/state]
-  --request-timeout S              the longest request                   [{REQUEST_S:.0f}]
-  --heartbeat S                    between pings                         [{HEARTBEAT_S:.0f}]
-  --grace S                        requests wait so long for a lost edge [{GRACE_S:.0f}]
+  --request-timeout S  --heartbeat S  --grace S    the longest request, pings, waiting for an edge
   --limit NAME=NUMBER              change a limit, such as request-rate=100 (may be repeated)
+  --client-key FILE                sign requests; of an edge: demand it  [RADICAL_CLIENT_KEY]
   --insecure  --no-auth            allow plain HTTP to other hosts; let everybody in
 Ask:       --list                  edges and plugins
   --call EDGE/PLUGIN/ROUTE [JSON]  POST with JSON, else GET; {{sid}} in ROUTE opens a session
@@ -9204,7 +9514,7 @@ Ask:       --list                  edges and plugins
   --check                          say, line by line, what works, and what to do about the rest
 Tokens:    --token add NAME [--scope admin|client|read|edge] [--expires 30d] [--edges PATTERN]
            --token list | --token revoke NAME       [RADICAL_BRIDGE_TOKEN, or its file's name in
-                                                     RADICAL_BRIDGE_TOKEN_FILE]
+           --token keygen NAME: a --client-key       RADICAL_BRIDGE_TOKEN_FILE]
 Other:     --log-level LEVEL [RADICAL_LOG_LVL]   --log json   --version   -h, --help
 """
 
@@ -9226,7 +9536,7 @@ def make_parser() -> argparse.ArgumentParser:
                  "--allow-pickle"):
         parser.add_argument(flag, action="store_true")
     for flag in ("--url", "--cert", "--key", "--state", "--host", "--scope", "--expires",
-                 "--edges", "--log-level", "--tunnel-via"):
+                 "--edges", "--log-level", "--tunnel-via", "--client-key"):
         parser.add_argument(flag)
     parser.add_argument("-n", "--name")
     # "--tunnel" alone is what edges of radical.edge 0.x give to their children
@@ -9243,7 +9553,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--grace", type=float, default=GRACE_S)
     parser.add_argument("--call", nargs="+", metavar=("EDGE/PLUGIN/ROUTE", "JSON"))
     parser.add_argument("--events", nargs="?", const="", metavar="EDGE/PLUGIN/TOPIC")
-    parser.add_argument("--token", nargs="+", metavar=("add|list|revoke", "NAME"))
+    parser.add_argument("--token", nargs="+", metavar=("add|list|revoke|keygen", "NAME"))
     parser.add_argument("--version", action="version", version=__version__)
     return parser
 
@@ -9279,6 +9589,7 @@ def _run(options: argparse.Namespace) -> int:
         return _run_check(options)
     if options.bridge or options.edge:
         return _serve(options)
+    _use_client_key(options)
     if options.list:
         return _run_list(options)
     if options.call:
@@ -9462,6 +9773,7 @@ def _start_edge(options: argparse.Namespace, token: Optional[str], services: Lis
     edge = Edge(url, name, plugins=wanted, token=token, cert=cert, heartbeat=options.heartbeat,
                 state_dir=_state_dir(options, name), tunnel=options.tunnel,
                 via=options.tunnel_via, options=_plugin_options(options),
+                client_key=options.client_key or os.environ.get("RADICAL_CLIENT_KEY"),
                 on_end=None if services else done.set)
     edge.start()
     print(f"edge: {edge.name}, with {', '.join(sorted(edge.host.describe())) or 'no plugins'}",
@@ -9487,6 +9799,12 @@ def _state_dir(options: argparse.Namespace, name: str) -> Path:
 
 def _arguments(options: argparse.Namespace) -> Dict[str, Optional[str]]:
     return {"url": options.url, "cert": options.cert}
+
+
+def _use_client_key(options: argparse.Namespace) -> None:
+    """Let all requests of this process be signed with --client-key."""
+    if options.client_key:
+        os.environ["RADICAL_CLIENT_KEY"] = options.client_key
 
 
 def _run_list(options: argparse.Namespace) -> int:
@@ -9561,8 +9879,15 @@ def _run_token(options: argparse.Namespace) -> int:
     elif verb == "revoke" and len(names) == 1:
         store.revoke(names[0])
         print(f"revoked: {names[0]}; a running bridge notices within {RELOAD_S:.0f} s")
+    elif verb == "keygen" and len(names) == 1:
+        path = Path(options.client_key or home_dir() / "client.key").expanduser()
+        if path.exists():
+            raise Conflict(f"{path} is there already: give another file with --client-key")
+        write_private(path, make_signing_key(names[0]) + "\n")
+        print(f"{path}: a new key; clients sign with it, and an edge that has its line in the file "
+              "of its --client-key lets nobody else change anything")
     else:
-        raise ValueError("--token takes: add NAME, list, or revoke NAME")
+        raise ValueError("--token takes: add NAME, list, revoke NAME, or keygen NAME")
     return 0
 
 
