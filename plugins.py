@@ -1,15 +1,17 @@
 """The plugins that come with Radical Edge; radical_edge.py loads this file from beside it.
 
-    1. sysinfo    the machine: CPU, memory, disks, network, GPUs
-    3. tunnels    edges that an edge starts, where only it can reach the bridge
-    4. psij       jobs: a local executor of our own, and the batch systems through psij-python
-    6. rhapsody   tasks: a local backend of our own, and the backends of rhapsody-py
-    7. lucid      pilots and tasks through RADICAL-Pilot, which runs in a child process
+    1. sysinfo     the machine: CPU, memory, disks, network, GPUs
+    2. queue_info  the batch system: queues, jobs, allocations, of Slurm or PBS
+    3. tunnels     edges that an edge starts, where only it can reach the bridge
+    4. psij        jobs: a local executor of our own, and the batch systems through psij-python
+    6. rhapsody    tasks: a local backend of our own, and the backends of rhapsody-py
+    7. lucid       pilots and tasks through RADICAL-Pilot, which runs in a child process
 
 Optional packages are imported where they are needed, and a plugin that lacks one says so.
 """
 from __future__ import annotations
 
+import abc
 import asyncio
 import base64
 import codecs
@@ -21,6 +23,7 @@ import dataclasses
 import datetime
 import errno
 import functools
+import grp
 import hashlib
 import hmac
 import importlib
@@ -30,11 +33,14 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import mmap
 import os
+import pwd
 import random
 import re
 import secrets
+import selectors
 import shutil
 import signal
 import socket
@@ -45,25 +51,27 @@ import tempfile
 import threading
 import time
 import traceback
+import urllib.parse
 import uuid
 from pathlib import Path
-from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set,
-                    Tuple, Union)
+from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple,
+                    Optional, Set, Tuple, Union)
 
 import radical_edge
-from radical_edge import (BadRequest, BridgeURL, Conflict, DeadlineExceeded, EdgeError, Forbidden,
-                          LoopThread, NotFound, NotInstalled, Plugin, PluginClient, PluginSession,
-                          PortFile, ProtocolError, RELAY_NONCE, RESERVED_NAMES, Request, Response,
-                          SSH_OPTIONS, TUNNEL_MODES, Target, TooManyRequests, Unavailable,
-                          Unprocessable, Uplink, Workers, answer_relay, encode_json,
-                          encode_port_file, forward_option, is_ssh_host, is_valid_name,
+from radical_edge import (BadGateway, BadRequest, BridgeURL, Conflict, DeadlineExceeded, EdgeError,
+                          Forbidden, LoopThread, NotFound, NotInstalled, Plugin, PluginClient,
+                          PluginSession, PortFile, ProtocolError, RELAY_NONCE, RESERVED_NAMES,
+                          Request, Response, SSH_OPTIONS, TUNNEL_MODES, Target, TooManyRequests,
+                          Unavailable, Unprocessable, Uplink, Workers, answer_relay, encode_json,
+                          encode_port_file, forward_option, home_dir, is_ssh_host, is_valid_name,
                           make_child_token, parse_bridge_url, parse_msgpack, repeatable,
                           tunnels_dir, write_private)
 
 __all__ = ["LocalExecutor", "LucidClient", "LucidSession", "PSIJClient", "PSIJSession",
-           "PilotChild", "PluginLucid", "PluginPSIJ", "PluginRhapsody", "PluginSysInfo", "Relay",
-           "ReverseSSH", "RhapsodyClient", "RhapsodySession", "SysInfoClient", "SysInfoProvider",
-           "SysInfoSession", "Tunnels", "decode_return"]
+           "PilotChild", "PluginLucid", "PluginPSIJ", "PluginQueueInfo", "PluginRhapsody",
+           "PluginSysInfo", "QueueInfo", "QueueInfoClient", "QueueInfoPBS", "QueueInfoSession",
+           "QueueInfoSlurm", "Relay", "ReverseSSH", "RhapsodyClient", "RhapsodySession",
+           "SysInfoClient", "SysInfoProvider", "SysInfoSession", "Tunnels", "decode_return"]
 
 # ---------------------------------------------------------------------------
 # 1. sysinfo: what the machine is and how busy it is. Parsers turn text into values; the provider
@@ -77,6 +85,12 @@ DISKS_S = 1.0                  # all mounts together; one that hangs is reported
 FRESH_S = 0.2                  # callers within so long share one answer
 CPU_WINDOW_S = 0.1             # the shortest time over which CPU use is measured
 MAX_COMMAND_OUTPUT = 1024 * 1024     # bytes
+MAX_ERROR_OUTPUT = 64 * 1024   # bytes of what a program prints as errors; the rest is not kept
+READ_PIECE = 64 * 1024         # bytes; what a pipe holds
+STOP_CHECK_S = 0.5             # a program that runs on is ended so soon after it should be
+KILLED_S = 2.0                 # a program that is killed and does not end is left behind then
+# the edge's, not the job's
+_SECRET_VARIABLES = ("RADICAL_BRIDGE_TOKEN", "RADICAL_BRIDGE_TOKEN_FILE", "RADICAL_BRIDGE_KEY")
 
 SHARED_FILESYSTEMS = frozenset((
     "nfs", "nfs4", "cifs", "smb", "smbfs", "lustre", "gpfs", "beegfs", "pvfs2", "orangefs",
@@ -248,22 +262,91 @@ def _read(path: str, limit: int = MAX_COMMAND_OUTPUT) -> str:
         return ""
 
 
+def _clean_environment() -> Dict[str, str]:
+    """Return the edge's environment without its own secrets."""
+    return {name: value for name, value in os.environ.items() if name not in _SECRET_VARIABLES}
+
+
+class Ran(NamedTuple):
+    """How a program ended, and what it printed."""
+    code: int                                     # negative: the signal that ended it
+    output: str
+    error: str                                    # the first MAX_ERROR_OUTPUT bytes
+
+
+class TooMuchOutput(BadGateway):
+    """A program printed more than it may."""
+
+
+def run_program(command: List[str], timeout: float, limit: int,
+                env: Optional[Dict[str, str]] = None,
+                stopped: Optional[threading.Event] = None) -> Ran:
+    """Run a program without a shell and without input. Blocks for `timeout` seconds at the most.
+
+    It and what it started in its process group are killed when the time is over, when it has
+    printed more than `limit` bytes, and when `stopped` is set. Raises NotInstalled,
+    DeadlineExceeded, TooMuchOutput, Unavailable.
+    """
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, env=env, start_new_session=True)
+    except OSError as error:
+        raise NotInstalled(f"{command[0]} cannot be run: {error.strerror or error}") from None
+    deadline = time.monotonic() + timeout
+    try:
+        output, errors = _read_both(process, deadline, limit, stopped)
+        code = process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        raise DeadlineExceeded(f"{command[0]} takes more than {timeout:g} s") from None
+    finally:
+        _end_program(process)
+    return Ran(code, output.decode(errors="replace"), errors.decode(errors="replace"))
+
+
+def _read_both(process: "subprocess.Popen[bytes]", deadline: float, limit: int,
+               stopped: Optional[threading.Event]) -> Tuple[bytes, bytes]:
+    """Return what a program prints until it closes both its outputs."""
+    output, errors = bytearray(), bytearray()
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ, output)
+        selector.register(process.stderr, selectors.EVENT_READ, errors)
+        while selector.get_map():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise subprocess.TimeoutExpired(process.args, left)
+            if stopped is not None and stopped.is_set():
+                raise Unavailable("the plugin is being stopped")
+            _read_pieces(selector, min(left, STOP_CHECK_S))
+            del errors[MAX_ERROR_OUTPUT:]
+            if len(output) > limit:
+                raise TooMuchOutput(f"{process.args[0]} printed more than {limit >> 20} MiB")
+    return bytes(output), bytes(errors)
+
+
+def _read_pieces(selector: selectors.BaseSelector, timeout: float) -> None:
+    for key, _ in selector.select(timeout):
+        data = os.read(key.fd, READ_PIECE)
+        key.data.extend(data)
+        if not data:
+            selector.unregister(key.fileobj)
+
+
+def _end_program(process: "subprocess.Popen[bytes]") -> None:
+    process.stdout.close()
+    process.stderr.close()
+    if process.returncode is None:
+        _kill_group(process.pid)
+        with contextlib.suppress(subprocess.TimeoutExpired):     # one that even SIGKILL cannot end
+            process.wait(KILLED_S)
+
+
 def run_command(command: List[str], timeout: float = COMMAND_S) -> Optional[str]:
     """Return what a program prints; None when it is not there, fails or takes too long. Blocks."""
     try:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                   stderr=subprocess.DEVNULL, start_new_session=True)
-    except OSError:
+        ran = run_program(command, timeout, MAX_COMMAND_OUTPUT)
+    except EdgeError:
         return None
-    killer = threading.Timer(timeout, _kill_group, (process.pid,))
-    killer.start()
-    with process:
-        output = process.stdout.read(MAX_COMMAND_OUTPUT)
-        if len(output) == MAX_COMMAND_OUTPUT:
-            _kill_group(process.pid)
-        process.wait()
-        killer.cancel()
-    return output.decode(errors="replace") if process.returncode == 0 else None
+    return ran.output if ran.code == 0 else None
 
 
 def _kill_group(pid: int) -> None:
@@ -653,6 +736,1594 @@ class PluginSysInfo(Plugin):
 
 
 # ---------------------------------------------------------------------------
+# 2. queue_info: what a batch system tells of its queues, jobs and allocations. Parsers turn what
+#    its programs print into values that are the same for every backend: times in seconds (since the
+#    epoch where they are dates), memory in MiB. Backends run the programs: never on a loop, never
+#    through a shell, each with a time limit and a bound on what it prints. Answers are kept.
+# ---------------------------------------------------------------------------
+
+log_queues = logging.getLogger("radical_edge.queue_info")
+
+QUEUES_TTL_S = 60.0            # an answer is fresh for so long
+QUEUES_PATIENCE_S = 10.0       # who could have an older answer waits so long for a fresh one
+QUEUES_STALE_S = 3600.0        # an answer older than that is not given any more
+SCHEDULER_S = 60.0             # a scheduler's program may take so long
+COLLECT_S = 90.0               # what needs several programs may take so long
+VERSION_S = 5.0                # to find out whether the scheduler's programs work at all
+MAX_SCHEDULER_OUTPUT = 16 * 1024 * 1024   # bytes; JSON of that size is 100 MiB of values
+MAX_ANSWERS = 64               # answers kept
+MAX_COLLECTING = 16            # answers being collected at once
+MAX_PROGRAMS = 4               # scheduler's programs at once: they cost the site's controller
+MAX_HOSTS = 100_000            # names in one host list
+UNLIMITED = "UNLIMITED"
+EVERYONE = "*"
+
+FINISHED_STATES = frozenset((
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL",
+    "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"))
+_FLAG_STATES = (               # beside a base state; Slurm's own programs show the first of them
+    "COMPLETING", "STAGE_OUT", "CONFIGURING", "RESIZING", "REQUEUE_FED", "REQUEUE_HOLD",
+    "SPECIAL_EXIT", "STOPPED", "REQUEUED", "SIGNALING", "RECONFIG_FAIL", "RESV_DEL_HOLD",
+    "POWER_UP_NODE", "EXPEDITING")
+LIVE_STATES = frozenset(("PENDING", "RUNNING", "SUSPENDED", "UNKNOWN", *_FLAG_STATES))
+UNAVAILABLE_NODES = frozenset((
+    "DOWN", "DRAIN", "DRAINED", "DRAINING", "ERROR", "FAIL", "FAILED", "FAILING", "FUTURE", "INVAL",
+    "INVALID_REG", "MAINT", "MAINTENANCE", "NOT_RESPONDING", "NO_RESPOND", "POWERED_DOWN",
+    "POWER_DOWN", "POWERING_DOWN", "REBOOT_ISSUED", "UNKNOWN"))
+_BUSY_NODES = frozenset(("BLOCKED", "COMPLETING", "POWERING_UP", "RESERVED"))     # idle is not free
+_NODE_SUFFIXES = {"*": "NOT_RESPONDING", "~": "POWERED_DOWN", "#": "POWERING_UP",
+                  "!": "POWER_DOWN", "%": "POWERING_DOWN", "$": "MAINT", "@": "REBOOT_REQUESTED",
+                  "^": "REBOOT_ISSUED", "-": "PLANNED"}
+
+QUEUE_FIELDS = ("name", "state", "time_limit", "default", "default_time", "nodes_total",
+                "nodes_available", "nodes_idle", "cpus_per_node", "mem_per_node_mb",
+                "gpus_per_node", "max_jobs_per_user", "features")
+JOB_FIELDS = ("job_id", "job_name", "user", "partition", "state", "nodes", "cpus", "gpus",
+              "time_limit", "time_used", "submit_time", "start_time", "estimated_start", "end_time",
+              "priority", "account", "qos", "node_list", "reason", "held", "array_job_id",
+              "array_tasks", "dependency", "exit_code", "signal")
+ALLOCATION_FIELDS = ("account", "user", "cluster", "partition", "fairshare", "qos", "default_qos",
+                     "max_jobs", "max_submit", "max_wall", "max_tres", "grp_jobs", "grp_submit",
+                     "grp_wall", "grp_tres", "grp_tres_minutes", "allocated_node_hours",
+                     "used_node_hours", "remaining_node_hours")
+
+# What squeue prints for _parse_job_line(): the name, in which anything may stand, comes last, and
+# each row begins with a marker that nobody can guess.
+SQUEUE_FORMAT = "%i|%F|%K|%T|%r|%u|%P|%a|%q|%D|%C|%l|%M|%V|%S|%e|%Q|%b|%E|%N|%j"
+SINFO_FORMAT = "%R|%N|%T|%c|%m|%G|%f"
+SACCTMGR_COLUMNS = ("cluster", "account", "user", "partition", "share", "qos", "defaultqos",
+                    "maxjobs", "maxsubmit", "maxwall", "maxtres", "grpjobs", "grpsubmit",
+                    "grpwall", "grptres", "grptresmins")
+
+_USER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+\\-]{0,127}\$?")
+_QUEUE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,127}")
+_JOB_ID = re.compile(r"[0-9]{1,18}(?:_[0-9]{1,9}|_\[[0-9,:%-]{1,1024}\]|\+[0-9]{1,6}|"
+                     r"\[[0-9,:-]{0,64}\])?(?:\.[A-Za-z0-9][A-Za-z0-9.-]{0,127})?")
+
+
+def _record(fields: Tuple[str, ...], known: Dict[str, Any]) -> Dict[str, Any]:
+    """Return {field: value}, None where nothing is known: a record has all its fields, always."""
+    return {field: known.get(field) for field in fields}
+
+
+def check_user(user: Optional[str]) -> str:
+    """Return a user's name, our own for None. Raises Unprocessable for what can be none."""
+    if user is None:
+        try:
+            return pwd.getpwuid(os.getuid()).pw_name
+        except KeyError:
+            raise Unavailable(f"the edge's user id {os.getuid()} has no name: give user=") from None
+    if user != EVERYONE and not _USER_NAME.fullmatch(user):
+        raise Unprocessable(f"user: {user[:80]!r} is not a user name, nor '*' for everyone")
+    return user
+
+
+def check_queue(queue: str) -> str:
+    """Return a queue's name. Raises Unprocessable for what can be none."""
+    if not _QUEUE_NAME.fullmatch(queue):
+        raise Unprocessable(f"queue: {queue[:80]!r} is not the name of a queue")
+    return queue
+
+
+def check_job_id(job_id: Any) -> str:
+    """Return a job's id. Raises Unprocessable for what can be none."""
+    if not _JOB_ID.fullmatch(str(job_id)):
+        raise Unprocessable(f"job_id: {str(job_id)[:80]!r} is not a job's id")
+    return str(job_id)
+
+
+def parse_states(text: Optional[str]) -> Optional[FrozenSet[str]]:
+    """Return the states that a filter "PENDING,HELD" names; None for all jobs that live.
+
+    ALL is every state. HELD is a pending job that somebody holds. Raises Unprocessable.
+    """
+    if not text:
+        return None
+    known = LIVE_STATES | FINISHED_STATES | {"HELD"}
+    names = {name.strip().upper().replace("CANCELED", "CANCELLED") for name in text.split(",")}
+    if "ALL" in names:
+        return known
+    for name in sorted(names - known):
+        raise Unprocessable(f"state: {name[:40]!r} is not a job's state; there are: ALL, "
+                            f"{', '.join(sorted(known))}")
+    return frozenset(names)
+
+
+def has_state(job: Dict[str, Any], states: Optional[FrozenSet[str]]) -> bool:
+    """Whether a job is in one of the states that parse_states() returned."""
+    if states is None:
+        return job["state"] not in FINISHED_STATES
+    return job["state"] in states or (job["held"] and "HELD" in states)
+
+
+# -- Slurm: text and JSON to values. Newer versions wrap numbers as {"set", "infinite", "number"},
+#    older ones print them bare, with null or the largest numbers for "not set" and "no limit".
+
+_UNSET_NUMBERS = frozenset((0xFFFE, 0xFFFFFFFE, 0xFFFFFFFFFFFFFFFE))      # NO_VAL of slurm.h
+_INFINITE_NUMBERS = frozenset((0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF))           # INFINITE
+
+
+def slurm_number(value: Any) -> Optional[float]:
+    """Return a number of Slurm's JSON, of any version: math.inf for no limit, None for not set."""
+    if isinstance(value, dict):
+        if value.get("infinite"):
+            return math.inf
+        return slurm_number(value.get("number")) if value.get("set", True) else None
+    if isinstance(value, str):
+        number = _number(value)
+        return math.inf if value.upper() in ("UNLIMITED", "INFINITE") else number
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value in _UNSET_NUMBERS:
+        return None
+    return math.inf if value in _INFINITE_NUMBERS else value
+
+
+def _whole(value: Any) -> Optional[int]:
+    number = slurm_number(value)
+    return None if number is None or math.isinf(number) else int(number)
+
+
+def _positive(value: Any) -> Optional[int]:
+    return _whole(value) or None                  # dates, and ids of arrays: 0 is none
+
+
+def _minutes(value: Any) -> Any:
+    """Return seconds for JSON's minutes, UNLIMITED for no limit, None when not set."""
+    number = slurm_number(value)
+    if number is None or math.isinf(number):
+        return None if number is None else UNLIMITED
+    return int(number * 60)
+
+
+def parse_slurm_duration(text: str) -> Any:
+    """Return the seconds of "1-02:03:04", "30:00" and the like, UNLIMITED, or None."""
+    if text.upper() in ("INFINITE", "UNLIMITED"):
+        return UNLIMITED
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def parse_slurm_date(text: str) -> Optional[int]:
+    """Return a date as seconds since the epoch; None for "N/A", "Unknown" and the like."""
+    if text.isdigit():
+        return int(text) or None
+    with contextlib.suppress(ValueError, OverflowError):      # SLURM_TIME_FORMAT had no effect
+        return int(time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S")))
+    return None
+
+
+def slurm_states(value: Any) -> List[str]:
+    """Return the states of a node, job or partition: of a list, "IDLE+DRAIN" or "idle*"."""
+    parts = value if isinstance(value, list) else re.split(r"[+,]", str(value or ""))
+    states = []
+    for part in parts:
+        name = str(part).strip().upper()
+        while name and name[-1] in _NODE_SUFFIXES:
+            states.append(_NODE_SUFFIXES[name[-1]])
+            name = name[:-1]
+        states.insert(0, name)
+    return [state for state in states if state]
+
+
+def parse_gpus(gres: Any) -> int:
+    """Return the number of GPUs in "gpu:a100:4(S:0-1),gpu:2", "gres/gpu=4" or "gres/gpu:2"."""
+    counts = {"typed": 0, "plain": 0}
+    for item in re.sub(r"\([^)]*\)", "", str(gres or "")).split(","):
+        name, _, rest = re.sub(r"^gres[/:]", "", item.strip()).replace("=", ":").partition(":")
+        if name == "gpu":
+            last = rest.rpartition(":")[2]
+            typed = ":" in rest or not last.isdigit()
+            counts["typed" if typed else "plain"] += int(last) if last.isdigit() else 1
+    if "=" in str(gres):                          # "gres/gpu=4,gres/gpu:a100=4" tells it twice
+        return counts["plain"] or counts["typed"]
+    return sum(counts.values())
+
+
+def parse_tres(value: Any) -> Dict[str, int]:
+    """Return {"cpu": 64, "mem": MiB, "gres/gpu": 4} of a limit: JSON's list, or "cpu=64,mem=8G"."""
+    found = {}
+    if isinstance(value, str):
+        for item in filter(None, value.split(",")):
+            name, _, count = item.partition("=")
+            found[name] = parse_mebibytes(count) if name == "mem" else _whole(count)
+    for item in value if isinstance(value, list) else ():
+        name = "/".join(filter(None, (item.get("type"), item.get("name"))))
+        found[name] = _whole(item.get("count"))
+    return {name: count for name, count in sorted(found.items()) if count is not None}
+
+
+def parse_mebibytes(text: str, unit: str = "M") -> Optional[int]:
+    """Return the MiB of "8000M", "16gb" or, for a bare number, of that many `unit`s."""
+    match = re.fullmatch(r"([\d.]+)\s*([KMGTP]?)(?:I?B|N|C|W)?", text.strip().upper())
+    if match is None or _number(match[1]) is None:
+        return None
+    suffix = match[2] or ("" if text.strip().upper().endswith("B") else unit)
+    powers = {"": -20, "K": -10, "M": 0, "G": 10, "T": 20, "P": 30}
+    return int(float(match[1]) * 2.0 ** powers[suffix])
+
+
+def _names(value: Any) -> List[str]:
+    """Return the names in a list, or in "a,b"; none for "(null)" and the like."""
+    parts = value if isinstance(value, list) else str(value or "").split(",")
+    return [str(part).strip() for part in parts if part and
+            str(part).strip() not in ("", "(null)", "N/A", "None")]
+
+
+def expand_hostlist(text: str) -> List[str]:
+    """Return the names that a host list "n[1-3,07],login1" stands for.
+
+    Raises ValueError for one that is malformed or stands for more than MAX_HOSTS names.
+    """
+    hosts: List[str] = []
+    for item in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text):
+        names = [""]
+        for plain, ranges in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", item):
+            parts = [plain] if plain else _expand_ranges(ranges)
+            if len(names) * len(parts) + len(hosts) > MAX_HOSTS:
+                raise ValueError(f"a host list of more than {MAX_HOSTS} names")
+            names = [name + part for name in names for part in parts]
+        hosts += names
+    return hosts
+
+
+def _expand_ranges(text: str) -> List[str]:
+    numbers: List[str] = []
+    for item in text.split(","):
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", item)
+        if match is None:
+            raise ValueError(f"{item[:40]!r} is not a range of a host list")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last - first + len(numbers) >= MAX_HOSTS:
+            raise ValueError(f"a host list of more than {MAX_HOSTS} names")
+        numbers += [str(number).zfill(len(match[1])) for number in range(first, last + 1)]
+    return numbers
+
+
+class Access(NamedTuple):
+    """Who may use a queue; None is everybody. In PBS' lists "-name" excludes, "+name" includes."""
+    users: Optional[List[str]] = None
+    groups: Optional[List[str]] = None
+    accounts: Optional[List[str]] = None
+    denied_accounts: Optional[List[str]] = None
+
+
+class NodeFacts(NamedTuple):
+    """Some nodes of a queue that are alike."""
+    queue: str
+    count: int
+    states: FrozenSet[str]
+    cpus: int
+    memory: int                                   # MiB
+    gpus: int
+    features: List[str]
+
+    @property
+    def is_available(self) -> bool:
+        """Whether it takes jobs, now or when those that it runs have ended."""
+        return not self.states & UNAVAILABLE_NODES
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it could begin a job now."""
+        return self.is_available and not self.states & _BUSY_NODES and \
+            bool(self.states & {"IDLE", "PLANNED"}) and "MIXED" not in self.states
+
+
+def make_queue(known: Dict[str, Any], nodes: List[NodeFacts]) -> Dict[str, Any]:
+    """Return a queue's record: what is `known` of it and the figures of its nodes.
+
+    The figures "per node" are those of its largest node.
+    """
+    figures = {
+        "nodes_total": sum(facts.count for facts in nodes),
+        "nodes_available": sum(facts.count for facts in nodes if facts.is_available),
+        "nodes_idle": sum(facts.count for facts in nodes if facts.is_idle),
+        "cpus_per_node": max((facts.cpus for facts in nodes), default=0),
+        "mem_per_node_mb": max((facts.memory for facts in nodes), default=0),
+        "gpus_per_node": max((facts.gpus for facts in nodes), default=0),
+        "features": sorted({name for facts in nodes for name in facts.features})}
+    return {**_record(QUEUE_FIELDS, {**known, **figures}), "access": known.get("access", Access())}
+
+
+def _queues(known: List[Dict[str, Any]], nodes: List[NodeFacts]) -> Dict[str, Dict[str, Any]]:
+    by_queue: Dict[str, List[NodeFacts]] = {}
+    for facts in nodes:
+        by_queue.setdefault(facts.queue, []).append(facts)
+    return {queue["name"]: make_queue(queue, by_queue.get(queue["name"], []))
+            for queue in sorted(known, key=lambda queue: queue["name"])}
+
+
+def parse_sinfo(document: Dict[str, Any]) -> List[NodeFacts]:
+    """Return the nodes of `sinfo -N --json`.
+
+    21.08 and 22.05 print {"nodes": [...]}. From 23.02 on it is {"sinfo": [{"partition", "node",
+    "nodes", ...}]}, a row for each node of each partition. Without `-N` a row stands for all nodes
+    of a state, with the features of one of them.
+    """
+    if "sinfo" not in document:
+        return [facts for node in document["nodes"] for facts in _parse_sinfo_node(node)]
+    return [NodeFacts(row["partition"]["name"], _whole(row["nodes"].get("total")) or 0,
+                      frozenset(slurm_states(row["node"].get("state"))),
+                      _whole(row["cpus"].get("maximum")) or 0,
+                      _whole(row["memory"].get("maximum")) or 0,
+                      parse_gpus(row["gres"].get("total")), _names(row["features"].get("total")))
+            for row in document["sinfo"]]
+
+
+def _limited(value: Any) -> Optional[List[str]]:
+    names = _names(value)
+    return None if not names or names == ["ALL"] else names
+
+
+def _parse_sinfo_node(node: Dict[str, Any]) -> List[NodeFacts]:
+    states = frozenset(slurm_states(node.get("state")) + slurm_states(node.get("state_flags")))
+    return [NodeFacts(queue, 1, states, _whole(node.get("cpus")) or 0,
+                      _whole(node.get("real_memory")) or 0, parse_gpus(node.get("gres")),
+                      _names(node.get("features"))) for queue in _names(node.get("partitions"))]
+
+
+def parse_sinfo_text(text: str) -> List[NodeFacts]:
+    """Return the nodes of `sinfo -h -N -o SINFO_FORMAT`, a line for each in each partition."""
+    rows = [line.split("|", 6) for line in text.splitlines()]
+    return [NodeFacts(row[0], 1, frozenset(slurm_states(row[2])), _whole(row[3].rstrip("+")) or 0,
+                      _whole(row[4].rstrip("+")) or 0, parse_gpus(row[5]), _names(row[6]))
+            for row in rows if len(row) == 7]
+
+
+def parse_partitions_text(text: str) -> List[Dict[str, Any]]:
+    """Return the queues of `scontrol -o show partition`."""
+    queues = []
+    for line in text.splitlines():
+        facts = dict(re.findall(r"(\w+)=(\S*)", line))
+        if "PartitionName" in facts:
+            queues.append({
+                "name": facts["PartitionName"], "state": facts.get("State", "UNKNOWN"),
+                "default": facts.get("Default") == "YES" if "Default" in facts else None,
+                "time_limit": parse_slurm_duration(facts.get("MaxTime", UNLIMITED)) or UNLIMITED,
+                "default_time": parse_slurm_duration(facts.get("DefaultTime", "")),
+                "access": Access(groups=_limited(facts.get("AllowGroups")),
+                                 accounts=_limited(facts.get("AllowAccounts")),
+                                 denied_accounts=_limited(facts.get("DenyAccounts")))})
+    return queues
+
+
+def parse_squeue(document: Dict[str, Any], now: float) -> List[Dict[str, Any]]:
+    """Return the jobs of `squeue --json`, of 21.08 or later. now: seconds since the epoch."""
+    return [_parse_squeue_job(job, now) for job in document["jobs"]]
+
+
+def _parse_squeue_job(job: Dict[str, Any], now: float) -> Dict[str, Any]:
+    states = slurm_states(job.get("job_state"))
+    state = next((flag for flag in _FLAG_STATES if flag in states), (states or ["UNKNOWN"])[0])
+    limit = UNLIMITED if job.get("time_limit") is None else _minutes(job["time_limit"])
+    start, end = _positive(job.get("start_time")), _positive(job.get("end_time"))
+    pending, finished = "PENDING" in states, bool(FINISHED_STATES & set(states))
+    if not finished and limit == UNLIMITED:
+        end = None                                # Slurm makes one up, a year ahead
+    tres = job.get("tres_alloc_str") or job.get("tres_req_str") or ""
+    known = {
+        **_parse_squeue_ids(job), "job_name": job.get("name"), "user": _job_user(job),
+        "partition": job.get("partition"), "state": state, "nodes": _whole(job.get("node_count")),
+        "cpus": _whole(job.get("cpus")) or parse_tres(tres).get("cpu"), "time_limit": limit,
+        "gpus": parse_gpus(tres) or parse_gpus(job.get("tres_per_node")) *
+        (_whole(job.get("node_count")) or 1),
+        "time_used": 0 if pending else _parse_time_used(job, states, now if not finished else end),
+        "submit_time": _positive(job.get("submit_time")), "start_time": None if pending else start,
+        "estimated_start": start if pending else None, "end_time": None if pending else end,
+        "priority": _whole(job.get("priority")), "account": job.get("account") or None,
+        "qos": job.get("qos") or None, "node_list": job.get("nodes") or "",
+        "reason": _reason(job.get("state_description") or job.get("state_reason")),
+        "dependency": job.get("dependency") or None,
+        "held": pending and (_whole(job.get("priority")) == 0 or _is_hold(job.get("state_reason")))}
+    if finished:
+        known.update(_parse_exit_code(job.get("exit_code")))
+    return _record(JOB_FIELDS, known)
+
+
+def _reason(text: Any) -> Optional[str]:
+    return None if text in (None, "", "None") else str(text)
+
+
+def _is_hold(reason: Any) -> bool:
+    return str(reason).startswith("JobHeld")
+
+
+def _job_user(job: Dict[str, Any]) -> Optional[str]:
+    if job.get("user_name"):
+        return job["user_name"]
+    with contextlib.suppress(KeyError, TypeError):           # 21.08 has no names
+        return pwd.getpwuid(job["user_id"]).pw_name
+    return None
+
+
+def _parse_squeue_ids(job: Dict[str, Any]) -> Dict[str, Any]:
+    """Return job_id as squeue shows it and scancel takes it, and to which array the job belongs."""
+    number = _whole(job.get("job_id"))
+    array, task = _positive(job.get("array_job_id")), _whole(job.get("array_task_id"))
+    hetero, offset = _positive(job.get("het_job_id")), _whole(job.get("het_job_offset"))
+    if hetero:
+        return {"job_id": f"{hetero}+{offset or 0}"}
+    if not array:
+        return {"job_id": str(number)}
+    pending = job.get("array_task_string") or ""
+    tasks = pending if pending or task is None else str(task)
+    return {"job_id": f"{array}_[{pending}]" if pending else f"{array}_{tasks}",
+            "array_job_id": str(array), "array_tasks": tasks}
+
+
+def _parse_time_used(job: Dict[str, Any], states: List[str], until: Optional[float]) -> int:
+    """Return how long a job has run, without the time for which it was suspended."""
+    before = _whole(job.get("pre_sus_time")) or 0
+    suspended, start = _positive(job.get("suspend_time")), _positive(job.get("start_time"))
+    if "SUSPENDED" in states:
+        return before
+    begin = suspended or start
+    return before + max(0, int(until - begin)) if begin and until else before
+
+
+def _parse_exit_code(value: Any) -> Dict[str, Any]:
+    """Return {"exit_code", "signal"}: of {"return_code", "signal": {"id"}}, or of a wait status."""
+    if isinstance(value, dict):
+        killed = value.get("signal") or {}
+        signal_number = _positive(killed.get("id", killed.get("signal_id")))
+        code = _whole(value.get("return_code"))
+    else:
+        status = _whole(value) or 0
+        code, signal_number = status >> 8, status & 0x7F or None
+    return {"exit_code": None if signal_number else code, "signal": signal_number}
+
+
+def parse_squeue_text(text: str, marker: str) -> List[Dict[str, Any]]:
+    """Return the jobs of `squeue -h -o marker|SQUEUE_FORMAT`. Names may contain anything."""
+    jobs = []
+    for row in text.split(marker + "|")[1:]:
+        fields = row[:-1].split("|", 20) if row.endswith("\n") else row.split("|", 20)
+        if len(fields) == 21:
+            jobs.append(_parse_job_line(fields))
+    return jobs
+
+
+def _parse_job_line(fields: List[str]) -> Dict[str, Any]:
+    (job_id, array, task, state, reason, user, partition, account, qos, nodes, cpus, limit, used,
+     submitted, start, end, priority, gres, dependency, hosts, name) = fields
+    is_array = "_" in job_id
+    pending, finished = state == "PENDING", state in FINISHED_STATES
+    time_limit, started = parse_slurm_duration(limit), parse_slurm_date(start)
+    ended = None if time_limit == UNLIMITED and not finished else parse_slurm_date(end)
+    return _record(JOB_FIELDS, {
+        "job_id": job_id, "job_name": name, "user": user, "partition": partition, "state": state,
+        "array_job_id": array if is_array else None, "array_tasks": task if is_array else None,
+        "nodes": _whole(nodes), "cpus": _whole(cpus), "gpus": parse_gpus(gres) *
+        (_whole(nodes) or 1), "time_limit": time_limit, "time_used": parse_slurm_duration(used),
+        "submit_time": parse_slurm_date(submitted), "start_time": None if pending else started,
+        "estimated_start": started if pending else None, "end_time": None if pending else ended,
+        "priority": _whole(priority), "account": _text(account), "qos": _text(qos),
+        "node_list": hosts, "reason": _reason(reason), "dependency": _text(dependency),
+        "held": pending and (_whole(priority) == 0 or _is_hold(reason))})
+
+
+def _text(value: str) -> Optional[str]:
+    return None if value in ("", "(null)", "N/A") else value
+
+
+def parse_associations(document: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """Return the allocations of `sacctmgr show assoc --json`, of 23.02 or later."""
+    return [_parse_association(row) for row in document["associations"]]
+
+
+def _parse_association(row: Dict[str, Any]) -> Dict[str, Any]:
+    limits = row.get("max") or {}
+    jobs, tres = limits.get("jobs") or {}, limits.get("tres") or {}
+    per, group = jobs.get("per") or {}, tres.get("group") or {}
+    account_wall = ((limits.get("per") or {}).get("account") or {}).get("wall_clock")
+    shares = _whole(row.get("shares_raw"))
+    return _allocation({
+        "account": row.get("account"), "user": row.get("user") or "", "cluster": row.get("cluster"),
+        "partition": row.get("partition") or "", "fairshare": "parent" if shares == 0x7FFFFFFF else
+        shares, "qos": sorted(_names(row.get("qos"))),
+        "default_qos": _text((row.get("default") or {}).get("qos") or ""),
+        "max_jobs": _whole(jobs.get("active")), "max_submit": _whole(jobs.get("total")),
+        "max_wall": _seconds(per.get("wall_clock")),
+        "max_tres": parse_tres((tres.get("per") or {}).get("job")),
+        "grp_jobs": _whole(per.get("count")), "grp_submit": _whole(per.get("submitted")),
+        "grp_wall": _seconds(account_wall), "grp_tres": parse_tres(tres.get("total")),
+        "grp_tres_minutes": parse_tres(group.get("minutes"))})
+
+
+def _seconds(value: Any) -> Optional[int]:
+    seconds = _minutes(value)
+    return None if seconds == UNLIMITED else seconds          # no limit of this kind
+
+
+def parse_associations_text(text: str) -> List[Dict[str, Any]]:
+    """Return the allocations of `sacctmgr -P -n show assoc format=` with SACCTMGR_COLUMNS."""
+    rows = [dict(zip(SACCTMGR_COLUMNS, line.split("|"))) for line in text.splitlines()
+            if line.count("|") == len(SACCTMGR_COLUMNS) - 1]
+    return [_allocation({
+        "account": row["account"], "user": row["user"], "cluster": row["cluster"],
+        "partition": row["partition"], "fairshare": _whole(row["share"]) if row["share"].isdigit()
+        else _text(row["share"]), "qos": sorted(_names(row["qos"])),
+        "default_qos": _text(row["defaultqos"]), "max_jobs": _whole(row["maxjobs"]),
+        "max_submit": _whole(row["maxsubmit"]), "max_wall": parse_slurm_duration(row["maxwall"]),
+        "max_tres": parse_tres(row["maxtres"]), "grp_jobs": _whole(row["grpjobs"]),
+        "grp_submit": _whole(row["grpsubmit"]), "grp_wall": parse_slurm_duration(row["grpwall"]),
+        "grp_tres": parse_tres(row["grptres"]), "grp_tres_minutes": parse_tres(row["grptresmins"])})
+        for row in rows]
+
+
+def _allocation(known: Dict[str, Any]) -> Dict[str, Any]:
+    minutes = known["grp_tres_minutes"].get("node")          # Slurm tells what is used elsewhere
+    hours = None if minutes is None else minutes / 60
+    return _record(ALLOCATION_FIELDS, {**known, "allocated_node_hours": hours})
+
+
+# -- PBS Pro: the JSON and the text of its programs both become {name: {attribute: text}}.
+
+_PBS_STATES = {"B": "RUNNING", "E": "COMPLETING", "F": "COMPLETED", "H": "PENDING", "M": "PENDING",
+               "Q": "PENDING", "R": "RUNNING", "S": "SUSPENDED", "T": "PENDING", "U": "SUSPENDED",
+               "W": "PENDING", "X": "COMPLETED"}
+_PBS_NODE_STATES = {
+    "free": "IDLE", "job-busy": "ALLOCATED", "job-exclusive": "ALLOCATED", "busy": "ALLOCATED",
+    "resv-exclusive": "RESERVED", "offline": "DRAIN", "down": "DOWN", "maintenance": "MAINT",
+    "stale": "NOT_RESPONDING", "state-unknown": "UNKNOWN", "state-unresolvable": "UNKNOWN",
+    "provisioning": "REBOOT_ISSUED", "wait-provisioning": "REBOOT_ISSUED", "sleep": "POWERED_DOWN",
+    "initializing": "POWERING_UP", "unresolvable": "DOWN"}
+PBS_SIGNAL_BASE = 256          # Exit_status of a job that a signal ended, less the signal
+
+PbsEntries = Dict[str, Dict[str, str]]
+
+
+def parse_pbs_text(text: str) -> PbsEntries:
+    """Return the entries of `qstat -f`, `qstat -Qf` or `pbsnodes -a`.
+
+    An entry begins at the line's start ("Job Id: 1.server", "Queue: workq", "node1"); attributes
+    are indented, and a line that begins with a tab continues the one before.
+    """
+    entries: PbsEntries = {}
+    attributes: Dict[str, str] = {}
+    name = ""
+    for line in re.sub(r"\n\t", "", text).splitlines():
+        heading = re.fullmatch(r"(?:Job Id: |Queue: )?(\S+)\s*", line)
+        attribute = re.fullmatch(r"\s+(\S+) = ?(.*)", line)
+        if attribute:
+            name = attribute[1]
+            attributes[name] = attribute[2]
+        elif heading and not line[0].isspace():
+            attributes = entries.setdefault(heading[1], {})
+    return {name: facts for name, facts in entries.items() if facts}
+
+
+def parse_pbs_json(document: Dict[str, Any], section: str) -> PbsEntries:
+    """Return the entries of `-F json`: those in "Jobs", "Queue" or "nodes"."""
+    return {name: _flatten(attributes) for name, attributes in
+            (document.get(section) or {}).items()}
+
+
+def _flatten(attributes: Dict[str, Any]) -> Dict[str, str]:
+    flat: Dict[str, str] = {}
+    for name, value in attributes.items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{key}": str(item) for key, item in value.items()
+                         if name != "Variable_List"})
+        else:
+            flat[name] = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return flat
+
+
+def parse_pbs_duration(text: Optional[str]) -> Optional[int]:
+    """Return the seconds of "48:00:00", "1:02:03:04" or "3600"; None for anything else."""
+    if not text or not re.fullmatch(r"\d+(:\d+){0,3}(\.\d+)?", text):
+        return None
+    units = [1, 60, 3600, 86400]
+    parts = text.partition(".")[0].split(":")
+    return sum(int(part) * unit for part, unit in zip(reversed(parts), units))
+
+
+def parse_pbs_date(text: Optional[str]) -> Optional[int]:
+    """Return "Wed Nov 25 10:11:16 2026", or seconds, as seconds since the epoch."""
+    if not text or text.isdigit():
+        return int(text or 0) or None
+    with contextlib.suppress(ValueError, OverflowError):
+        return int(time.mktime(time.strptime(text, "%a %b %d %H:%M:%S %Y")))
+    return None
+
+
+def parse_pbs_queues(queues: PbsEntries, nodes: PbsEntries) -> Dict[str, Dict[str, Any]]:
+    """Return the queues in which jobs run or are sent on, with the figures of their nodes.
+
+    A node that names a queue is for that one alone; where nodes have a Qlist, a queue has those
+    that list what its chunks ask for; otherwise all nodes are for all queues.
+    """
+    hosts = _pbs_hosts(nodes)
+    found = {}
+    for name, facts in sorted(queues.items()):
+        mine = [node for node, where in hosts if _pbs_serves(name, facts, where)]
+        found[name] = {**make_queue(_pbs_queue(name, facts), mine), **_pbs_bounds(facts)}
+    return found
+
+
+def _pbs_queue(name: str, facts: Dict[str, str]) -> Dict[str, Any]:
+    enabled, started = facts.get("enabled") == "True", facts.get("started") == "True"
+    state = "UP" if enabled and started else "DOWN" if enabled else "DRAIN" if started else \
+        "INACTIVE"                                # Slurm's words: takes jobs, starts them
+    limit = parse_pbs_duration(facts.get("resources_max.walltime"))
+    runs = re.search(r"u:PBS_GENERIC=(\d+)", facts.get("max_run", ""))
+    lists = {kind: _names(facts.get(f"acl_{kind}s")) if facts.get(f"acl_{kind}_enable") == "True"
+             else None for kind in ("user", "group")}
+    return {"name": name, "state": state, "time_limit": UNLIMITED if limit is None else limit,
+            "default_time": parse_pbs_duration(facts.get("resources_default.walltime")),
+            "max_jobs_per_user": int(runs[1]) if runs else _whole(facts.get("max_user_run")),
+            "access": Access(users=lists["user"], groups=lists["group"])}
+
+
+def _pbs_bounds(facts: Dict[str, str]) -> Dict[str, Any]:
+    return {"walltime_min": parse_pbs_duration(facts.get("resources_min.walltime")),
+            "walltime_max": parse_pbs_duration(facts.get("resources_max.walltime")),
+            "nodes_min": _whole(facts.get("resources_min.nodect")),
+            "nodes_max": _whole(facts.get("resources_max.nodect"))}
+
+
+def _pbs_serves(queue: str, facts: Dict[str, str], where: Dict[str, str]) -> bool:
+    if facts.get("queue_type", "Execution").startswith("R"):
+        return False                              # a routing queue has no nodes
+    if where.get("queue"):
+        return where["queue"] == queue
+    wanted = facts.get("default_chunk.Qlist")
+    listed = _names(where.get("resources_available.Qlist"))
+    return wanted in listed if wanted or listed else True
+
+
+def _pbs_hosts(nodes: PbsEntries) -> List[Tuple[NodeFacts, Dict[str, str]]]:
+    """Return the hosts, each with the sum of its virtual nodes, and what the first tells of it."""
+    hosts: Dict[str, List[Dict[str, str]]] = {}
+    for name, facts in nodes.items():
+        hosts.setdefault(facts.get("resources_available.host", name), []).append(facts)
+    return [(_pbs_host(parts), parts[0]) for parts in hosts.values()]
+
+
+def _pbs_host(parts: List[Dict[str, str]]) -> NodeFacts:
+    states = {_PBS_NODE_STATES.get(state.strip(), "UNKNOWN") for part in parts
+              for state in part.get("state", "").split(",")}
+    if any(part.get("jobs") for part in parts):
+        states.add("MIXED")
+    sums = [sum(_whole(part.get(f"resources_available.{name}")) or 0 for part in parts)
+            for name in ("ncpus", "ngpus")]
+    memory = sum(parse_mebibytes(part.get("resources_available.mem", "0kb"), "") or 0
+                 for part in parts)
+    return NodeFacts("", 1, frozenset(states), sums[0], memory, sums[1], [])
+
+
+def parse_pbs_jobs(entries: PbsEntries, now: float) -> List[Dict[str, Any]]:
+    """Return the jobs of `qstat -f`. now: seconds since the epoch."""
+    return [_parse_pbs_job(job_id, facts, now) for job_id, facts in entries.items()]
+
+
+def _parse_pbs_job(job_id: str, facts: Dict[str, str], now: float) -> Dict[str, Any]:
+    state, exits = _pbs_state(facts)
+    pending, start = state == "PENDING", parse_pbs_date(facts.get("stime"))
+    used = parse_pbs_duration(facts.get("resources_used.walltime"))
+    if used is None:
+        used = max(0, int(now - start)) if start and state == "RUNNING" else 0
+    limit = parse_pbs_duration(facts.get("Resource_List.walltime"))
+    hosts = [item.split("/")[0] for item in facts.get("exec_host", "").split("+") if item]
+    array = re.match(r"(\d+)\[(\d*)\](.*)", job_id)
+    return _record(JOB_FIELDS, {
+        "job_id": job_id, "job_name": facts.get("Job_Name"),
+        "user": facts.get("Job_Owner", "").split("@")[0] or None, "partition": facts.get("queue"),
+        "state": state, "nodes": _whole(facts.get("Resource_List.nodect")),
+        "cpus": _whole(facts.get("Resource_List.ncpus")),
+        "gpus": _whole(facts.get("Resource_List.ngpus")) or 0,
+        "time_limit": UNLIMITED if limit is None else limit, "time_used": used,
+        "submit_time": parse_pbs_date(facts.get("ctime")), "start_time": None if pending else start,
+        "estimated_start": parse_pbs_date(facts.get("estimated.start_time")) if pending else None,
+        "end_time": parse_pbs_date(facts.get("obittime") or facts.get("mtime"))
+        if state in FINISHED_STATES else start + limit if start and limit and not pending else None,
+        "priority": _whole(facts.get("Priority")),
+        "account": facts.get("Account_Name") or _pbs_project(facts), "qos": facts.get("QOS"),
+        "node_list": ",".join(dict.fromkeys(hosts)), "reason": facts.get("comment"),
+        "held": pending and facts.get("Hold_Types", "n") not in ("n", ""),
+        "array_job_id": f"{array[1]}[]{array[3]}" if array else None,
+        "array_tasks": (array[2] or facts.get("array_indices_submitted")) if array else None,
+        "dependency": facts.get("depend"), **exits})
+
+
+def _pbs_project(facts: Dict[str, str]) -> Optional[str]:
+    project = facts.get("project")
+    return None if project == "_pbs_project_default" else project
+
+
+def _pbs_state(facts: Dict[str, str]) -> Tuple[str, Dict[str, Any]]:
+    """Return the state, and the exit code and signal of a job that has ended."""
+    state = _PBS_STATES.get(facts.get("job_state", ""), "UNKNOWN")
+    status = facts.get("Exit_status", "")
+    if state != "COMPLETED" or not re.fullmatch(r"-?\d+", status):
+        cancelled = state == "COMPLETED" and not status and "stime" not in facts
+        return "CANCELLED" if cancelled else state, {}
+    code = int(status)
+    if code < 0:                                  # PBS itself could not run it, or ended it
+        return "FAILED", {}
+    if code >= PBS_SIGNAL_BASE:
+        killed = code - PBS_SIGNAL_BASE
+        by_user = killed in (signal.SIGTERM, signal.SIGKILL)
+        return "CANCELLED" if by_user else "FAILED", {"signal": killed}
+    return "FAILED" if code else "COMPLETED", {"exit_code": code}
+
+
+def parse_sbank(text: str) -> List[Dict[str, Any]]:
+    """Return the allocations of `sbank-list-allocations`: a table with its heads underlined."""
+    lines = text.splitlines()
+    ruler = next((at for at, line in enumerate(lines) if re.fullmatch(r"\s*-{3,}[\s-]*", line)), 0)
+    if not ruler:
+        return []
+    columns = [match.span() for match in re.finditer(r"-+", lines[ruler])]
+    heads = [lines[ruler - 1][start:end].strip().lower() for start, end in columns]
+    rows = []
+    for line in lines[ruler + 1:]:
+        row = dict(zip(heads, (line[start:end].strip() for start, end in columns)))
+        if not row.get("allocation", "").isdigit():
+            break                                 # the totals
+        rows.append(_sbank_allocation(row))
+    return rows
+
+
+def _sbank_allocation(row: Dict[str, str]) -> Dict[str, Any]:
+    used, left = (_number((row.get(name) or "").replace(",", "")) for name in
+                  ("charged", "available balance"))
+    known = {"account": row.get("project"), "user": "", "qos": [], "max_tres": {}, "grp_tres": {},
+             "grp_tres_minutes": {}, "used_node_hours": used, "remaining_node_hours": left,
+             "allocated_node_hours": None if used is None or left is None else used + left}
+    return {**_record(ALLOCATION_FIELDS, known), "allocation_id": row.get("allocation"),
+            "suballocation_id": row.get("suballocation"), "start_date": row.get("start"),
+            "end_date": row.get("end"), "resource": row.get("resource"),
+            "jobs": _whole((row.get("jobs") or "").replace(",", ""))}
+
+
+# -- Answers that are kept, and the backends that collect them.
+
+class _Answer(NamedTuple):
+    value: Dict[str, Any]
+    collected: float                              # monotonic
+
+
+class _Run(NamedTuple):
+    """A collector at work; who waits for it holds the future."""
+    future: "concurrent.futures.Future[Dict[str, Any]]"
+    started: float                                # monotonic
+
+
+class _Kept:
+    """The last answer to a question, and who is about to replace it. _Answers' lock guards it."""
+
+    __slots__ = ("answer", "fresh_until", "running", "again")
+
+    def __init__(self) -> None:
+        self.answer: Optional[_Answer] = None
+        self.fresh_until = 0.0                    # monotonic
+        self.running: Optional[_Run] = None
+        self.again: Optional[_Run] = None         # starts when `running` has ended
+
+
+class _Answers:
+    """Answers by key, collected once for all who ask meanwhile and kept for `ttl` seconds.
+
+    When a collector is slow or fails, its callers get the last answer with "stale", "age" and
+    "problem" in it, as long as that is not older than QUEUES_STALE_S.
+    """
+
+    def __init__(self, ttl: float) -> None:
+        self._ttl = ttl
+        self._lock = threading.Lock()
+        self._kept: "collections.OrderedDict[Tuple[Any, ...], _Kept]" = collections.OrderedDict()
+        # by key, the least recently asked for first; guarded by _lock
+
+    def get(self, key: Tuple[Any, ...], collect: Callable[[], Dict[str, Any]],
+            force: bool = False) -> Dict[str, Any]:
+        """Return the answer; with `force`, one whose collector starts from now on. Blocks.
+
+        Raises what the collector raised, DeadlineExceeded, TooManyRequests.
+        """
+        with self._lock:
+            kept = self._find_locked(key)
+            if not force and time.monotonic() < kept.fresh_until:
+                return kept.answer.value
+            run = self._start_locked(key, kept, collect, force)
+            last = kept.answer
+        age = time.monotonic() - last.collected if last else math.inf
+        usable = age < QUEUES_STALE_S
+        patience = QUEUES_PATIENCE_S if usable else COLLECT_S
+        try:
+            return run.future.result(max(0.0, run.started + patience - time.monotonic()))
+        except concurrent.futures.TimeoutError:
+            problem: EdgeError = DeadlineExceeded("the scheduler has not answered for "
+                                                  f"{patience:g} s: try again later")
+        except EdgeError as error:
+            problem = error
+        if not usable:
+            raise problem
+        return {**last.value, "stale": True, "age": round(age, 1), "problem": problem.detail}
+
+    def prefetch(self, key: Tuple[Any, ...], collect: Callable[[], Dict[str, Any]]) -> None:
+        """Begin to collect an answer that will be asked for soon."""
+        with self._lock:
+            self._start_locked(key, self._find_locked(key), collect, False)
+
+    def expire(self, kind: str) -> None:
+        """Let no answer of a kind count as fresh, nor one that is just being collected."""
+        with self._lock:
+            for key, kept in self._kept.items():
+                if key[0] == kind:
+                    kept.fresh_until = 0.0
+                    kept.running = kept.running and kept.running._replace(started=-math.inf)
+
+    def _find_locked(self, key: Tuple[Any, ...]) -> _Kept:
+        kept = self._kept.setdefault(key, _Kept())
+        self._kept.move_to_end(key)
+        idle = [old for old, entry in self._kept.items() if entry.running is None and old != key]
+        for old in idle[:max(0, len(self._kept) - MAX_ANSWERS)]:
+            del self._kept[old]
+        return kept
+
+    def _start_locked(self, key: Tuple[Any, ...], kept: _Kept,
+                      collect: Callable[[], Dict[str, Any]], force: bool) -> _Run:
+        if kept.running is not None:
+            if not force:
+                return kept.running
+            if kept.again is None:
+                kept.again = _Run(concurrent.futures.Future(), time.monotonic())
+            return kept.again
+        if sum(entry.running is not None for entry in self._kept.values()) >= MAX_COLLECTING:
+            raise TooManyRequests(f"the scheduler is asked {MAX_COLLECTING} questions already: try "
+                                  "again later")
+        kept.running = _Run(concurrent.futures.Future(), time.monotonic())
+        self._launch(key, kept, kept.running, collect)
+        return kept.running
+
+    def _launch(self, key: Tuple[Any, ...], kept: _Kept, run: _Run,
+                collect: Callable[[], Dict[str, Any]]) -> None:
+        threading.Thread(target=self._run, args=(key, kept, run, collect), daemon=True,
+                         name="queue_info-collect").start()
+
+    def _run(self, key: Tuple[Any, ...], kept: _Kept, run: _Run,
+             collect: Callable[[], Dict[str, Any]]) -> None:
+        value, problem = None, None
+        try:
+            value = collect()
+        except EdgeError as error:
+            problem = error
+        except Exception as error:                # output of a shape that no version is known for
+            log_queues.exception("%s: what the scheduler printed is not understood", key[0])
+            problem = BadGateway("what the scheduler printed is not understood "
+                                 f"({type(error).__name__}: {error})"[:300])
+        with self._lock:
+            now = time.monotonic()
+            if value is not None:
+                kept.answer = _Answer(value, now)
+                overtaken = kept.running.started < run.started     # by expire()
+                kept.fresh_until = 0.0 if overtaken else now + self._ttl
+            kept.running, kept.again = kept.again, None
+            if kept.running is not None:
+                self._launch(key, kept, kept.running, collect)
+        if problem is None:
+            run.future.set_result(value)
+        else:
+            run.future.set_exception(problem)
+
+
+class Rights(NamedTuple):
+    """What decides which queues a user sees."""
+    user: str
+    groups: FrozenSet[str]
+    associations: List[Dict[str, Any]]            # empty when there is no accounting, or none known
+
+
+def _groups_of(user: str) -> FrozenSet[str]:
+    names = set()
+    with contextlib.suppress(KeyError, OSError):
+        for number in os.getgrouplist(user, pwd.getpwnam(user).pw_gid):
+            with contextlib.suppress(KeyError):
+                names.add(grp.getgrgid(number).gr_name)
+    return frozenset(names)
+
+
+def _is_listed(entries: List[str], names: Iterable[str]) -> bool:
+    """Whether a list of "name", "+name", "-name", "*" admits a name; the first match decides."""
+    wanted = set(names)
+    for entry in entries:
+        if entry.lstrip("+-").split("@")[0] in wanted | {"*"}:
+            return not entry.startswith("-")
+    return False
+
+
+def may_use(queue: Dict[str, Any], rights: Rights) -> bool:
+    """Whether a queue's lists and the user's associations let the user submit to it."""
+    access, accounts = queue["access"], {row["account"] for row in rights.associations}
+    bound = {row["partition"] for row in rights.associations}
+    if bound and "" not in bound and queue["name"] not in bound:
+        return False
+    if access.users is not None and not _is_listed(access.users, [rights.user]):
+        return False
+    if access.groups is not None and not _is_listed(access.groups, rights.groups):
+        return False
+    if not accounts:
+        return True                               # accounts are nothing here, or nothing is known
+    if access.accounts is not None:
+        return bool(accounts & set(access.accounts))
+    return bool(accounts - set(access.denied_accounts or ()))
+
+
+class QueueInfo(abc.ABC):
+    """What a batch system tells of its queues, jobs and allocations; subclasses ask one kind.
+
+    Answers are kept for `ttl` seconds. `user` is a name, None for the user as whom this process
+    runs, "*" for everyone. All methods block, for COLLECT_S at the most, and any thread may call
+    them; `workers` has threads for that. Times are in seconds and memory is in MiB; a time limit is
+    "UNLIMITED" where there is none. An answer that could not be renewed says so: it has "stale":
+    true, its "age" and the "problem".
+    """
+
+    backend = ""                                  # "slurm", "pbs"
+    programs: Tuple[str, ...] = ()                # what must be on PATH
+
+    def __init__(self, ttl: float = QUEUES_TTL_S) -> None:
+        self.workers = Workers("queue_info")
+        self._answers = _Answers(ttl)
+        self._slots = threading.BoundedSemaphore(MAX_PROGRAMS)
+        self._stopped = threading.Event()
+
+    # -- what subclasses ask of their batch system; all may raise EdgeError
+
+    @abc.abstractmethod
+    def _collect_info(self) -> Dict[str, Any]:
+        """Return {"queues": {name: make_queue()}}, for everyone."""
+
+    @abc.abstractmethod
+    def _collect_jobs(self, queue: Optional[str], user: str, finished: bool) -> Dict[str, Any]:
+        """Return {"jobs": [{JOB_FIELDS}]}; those that have ended too if `finished`."""
+
+    @abc.abstractmethod
+    def _collect_allocations(self, user: str) -> Dict[str, Any]:
+        """Return {"allocations": [{ALLOCATION_FIELDS}]}."""
+
+    @abc.abstractmethod
+    def _cancel(self, job_id: str) -> None:
+        """Cancel a job. Raises NotFound, Forbidden and Conflict with the scheduler's own words."""
+
+    @abc.abstractmethod
+    def job_allocation(self) -> Optional[Dict[str, Any]]:
+        """Return the allocation within which this process runs; None outside of one.
+
+        {"job_id", "partition", "n_nodes", "nodelist", "cpus_per_node", "gpus_per_node", "account",
+        "job_name", "runtime"}; the latter is the time limit in seconds, None without one. Raises
+        EdgeError, a RuntimeError, when there is one of which nothing can be found out.
+        """
+
+    # -- what callers use
+
+    def find_fault(self) -> Optional[str]:
+        """Return why this batch system cannot be asked on this machine; None when it can."""
+        missing = [name for name in self.programs if shutil.which(name) is None]
+        return f"{', '.join(missing)} not found on PATH" if missing else None
+
+    def start_prefetch(self) -> None:
+        """Begin to collect, at the same time, what is asked for first: queues and allocations."""
+        self._answers.prefetch(("info",), self._collect_info)
+        with contextlib.suppress(EdgeError):      # a user id without a name: that caller is told
+            me = check_user(None)
+            self._answers.prefetch(("allocations", me), lambda: self._collect_allocations(me))
+
+    def get_info(self, user: Optional[str] = None, force: bool = False) -> Dict[str, Any]:
+        """Return {"queues": {name: {QUEUE_FIELDS}}}: those to which the user may submit."""
+        name = check_user(user)
+        info = self._answers.get(("info",), self._collect_info, force)
+        queues = info["queues"]
+        if name != EVERYONE:
+            rights = self._find_rights(name)
+            queues = {key: queue for key, queue in queues.items() if may_use(queue, rights)}
+        return {**info, "queues": {key: {field: value for field, value in queue.items()
+                                         if field != "access"} for key, queue in queues.items()}}
+
+    def list_jobs(self, queue: str, user: Optional[str] = None, force: bool = False,
+                  state: Optional[str] = None) -> Dict[str, Any]:
+        """Return {"jobs": [{JOB_FIELDS}]} of a queue. state: as parse_states(). Raises NotFound."""
+        with contextlib.suppress(Unavailable, BadGateway, DeadlineExceeded, TooManyRequests):
+            known = self._answers.get(("info",), self._collect_info)["queues"]
+            if check_queue(queue) not in known:
+                raise NotFound(f"there is no queue {queue!r}; there are: "
+                               f"{', '.join(sorted(known)) or 'none'}"[:1000])
+        return self._list_jobs(queue, user, force, state)
+
+    def list_all_jobs(self, user: Optional[str] = None, force: bool = False,
+                      state: Optional[str] = None) -> Dict[str, Any]:
+        """Return {"jobs": [{JOB_FIELDS}]} of all queues. state: see parse_states()."""
+        return self._list_jobs(None, user, force, state)
+
+    def list_allocations(self, user: Optional[str] = None, force: bool = False) -> Dict[str, Any]:
+        """Return {"allocations": [{ALLOCATION_FIELDS}]}: the user's; "*" has those of accounts."""
+        name = check_user(user)
+        return self._answers.get(("allocations", name), lambda: self._collect_allocations(name),
+                                 force)
+
+    def cancel_job(self, job_id: Any) -> Dict[str, Any]:
+        """Cancel a job; return {"job_id", "status": "canceled"}.
+
+        Raises NotFound, Forbidden for another user's, Conflict for one that has ended.
+        """
+        checked = check_job_id(job_id)
+        self._cancel(checked)
+        self._answers.expire("jobs")
+        return {"job_id": checked, "status": "canceled"}
+
+    def stop(self) -> None:
+        """End the programs that run, and the threads."""
+        self._stopped.set()
+        self.workers.stop()
+
+    # -- for subclasses
+
+    def _run(self, *command: str, env: Optional[Dict[str, str]] = None) -> Ran:
+        """Run a scheduler's program, when less than MAX_PROGRAMS are running."""
+        if not self._slots.acquire(timeout=SCHEDULER_S):
+            raise Unavailable("the scheduler's programs are all waiting for it: try again later")
+        try:
+            return run_program(list(command), SCHEDULER_S, MAX_SCHEDULER_OUTPUT, env,
+                               self._stopped)
+        finally:
+            self._slots.release()
+
+    def _list_jobs(self, queue: Optional[str], user: Optional[str], force: bool,
+                   state: Optional[str]) -> Dict[str, Any]:
+        states, name = parse_states(state), check_user(user)
+        finished = states is not None and bool(states & FINISHED_STATES)
+        answer = self._answers.get(("jobs", queue, name, finished),
+                                   lambda: self._collect_jobs(queue, name, finished), force)
+        return {**answer, "jobs": [job for job in answer["jobs"] if has_state(job, states)]}
+
+    def _find_rights(self, user: str) -> Rights:
+        associations: List[Dict[str, Any]] = []
+        with contextlib.suppress(EdgeError):      # queues can be told without accounting
+            associations = self.list_allocations(user)["allocations"]
+        return Rights(user, _groups_of(user), associations)
+
+
+def _matches(job: Dict[str, Any], queue: Optional[str], user: str) -> bool:
+    """Whether a job is in a queue (a pending one may be in several) and of a user."""
+    return (queue is None or queue in (job["partition"] or "").split(",")) and \
+        user in (EVERYONE, job["user"])
+
+
+def scheduler_error(program: str, ran: Ran) -> EdgeError:
+    """Return the error for a program that failed, in its own words."""
+    words = " ".join(ran.error.split()) or " ".join(ran.output[:1000].split())
+    prefix = "" if words.startswith(program.split()[0]) else f"{program}: "
+    detail = prefix + (words[:500] or f"exit status {ran.code}")
+    away = re.search(r"unable to contact|connect|communicat|timed out|not respond", words, re.I)
+    return Unavailable(detail) if away else BadGateway(detail)
+
+
+def _parse_document(program: str, text: str, *sections: str) -> Dict[str, Any]:
+    """Return the JSON object that a program printed. Raises BadGateway for anything else."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict) or not any(section in document for section in sections):
+        raise BadGateway(f"{program} did not print the JSON that was asked for, but "
+                         f"{text[:80]!r}")
+    return document
+
+
+class QueueInfoSlurm(QueueInfo):
+    """Asks Slurm, 21.08 or later: by `--json` where its programs have it, else by their text.
+
+    slurm_conf: the path of a slurm.conf, to ask another cluster than the machine's own.
+    """
+
+    backend = "slurm"
+    programs = ("sinfo", "squeue", "scontrol", "scancel")
+
+    def __init__(self, slurm_conf: Optional[str] = None, ttl: float = QUEUES_TTL_S) -> None:
+        super().__init__(ttl)
+        self._slurm_conf = slurm_conf
+        self._textual: Set[str] = set()           # programs without --json; only ever added to
+        self._cluster: Optional[str] = None       # its name, once known; never changes
+
+    def find_fault(self) -> Optional[str]:
+        """Return why Slurm cannot be asked on this machine; None when it can."""
+        if self._slurm_conf is not None and not os.access(self._slurm_conf, os.R_OK):
+            return f"slurm_conf: {self._slurm_conf} cannot be read"
+        fault = super().find_fault()
+        if fault is not None:
+            return fault
+        try:
+            ran = run_program(["sinfo", "--version"], VERSION_S, MAX_COMMAND_OUTPUT, self._env())
+        except EdgeError as error:
+            return error.detail
+        return None if ran.code == 0 else scheduler_error("sinfo --version", ran).detail
+
+    @staticmethod
+    def get_job_nodes(native_id: Any, env: Optional[Dict[str, str]] = None) -> List[str]:
+        """Return the names of the nodes on which a job runs; [] when that cannot be found out.
+
+        env: the environment for squeue, with SLURM_CONF perhaps; the process' own by default.
+        """
+        try:
+            job_id = check_job_id(native_id)
+            ran = run_program(["squeue", "-h", "-o", "%N", "-j", job_id], SCHEDULER_S,
+                              MAX_SCHEDULER_OUTPUT, slurm_environment(env))
+            return list(dict.fromkeys(host for line in ran.output.splitlines()
+                                      for host in expand_hostlist(line.strip())))
+        except (EdgeError, ValueError):
+            return []
+
+    def job_allocation(self) -> Optional[Dict[str, Any]]:
+        job_id = os.environ.get("SLURM_JOB_ID")
+        if not job_id or self._is_elsewhere():
+            return None
+        if not _JOB_ID.fullmatch(job_id):
+            raise Unavailable(f"SLURM_JOB_ID is {job_id[:40]!r}, which is no job's id")
+        jobs = self._squeue_text("-t", "all", "-j", job_id)
+        if not jobs or not jobs[0]["nodes"]:
+            raise Unavailable(f"SLURM_JOB_ID is {job_id}, but squeue does not know the job's nodes")
+        job, limit = jobs[0], jobs[0]["time_limit"]
+        return {"job_id": job["job_id"], "partition": job["partition"], "n_nodes": job["nodes"],
+                "nodelist": job["node_list"], "cpus_per_node": (job["cpus"] or 0) // job["nodes"],
+                "gpus_per_node": job["gpus"] // job["nodes"], "account": job["account"],
+                "job_name": job["job_name"], "runtime": None if limit == UNLIMITED else limit}
+
+    # -- inside
+
+    def _collect_info(self) -> Dict[str, Any]:
+        # partitions by text: it is the same in all versions, and JSON lacks which is the default
+        queues = parse_partitions_text(self._ask("scontrol", "-a", "-o", "show",
+                                                 "partition").output)
+        document = self._ask_json("sinfo", "--all", "-N", sections=("sinfo", "nodes"))
+        if document is not None:
+            return {"queues": _queues(queues, parse_sinfo(document))}
+        ran = self._ask("sinfo", "--all", "-h", "-N", "-o", SINFO_FORMAT)
+        return {"queues": _queues(queues, parse_sinfo_text(ran.output))}
+
+    def _collect_jobs(self, queue: Optional[str], user: str, finished: bool) -> Dict[str, Any]:
+        narrowed = ["-t", "all"] if finished else []
+        narrowed += ["-p", queue] if queue is not None else []
+        narrowed += ["--user", user] if user != EVERYONE else []
+        document = self._ask_json("squeue", "--all", *narrowed, sections=("jobs",))
+        jobs = self._squeue_text("--all", *narrowed) if document is None else \
+            parse_squeue(document, time.time())
+        return {"jobs": [job for job in jobs if _matches(job, queue, user)]}
+
+    def _squeue_text(self, *arguments: str) -> List[Dict[str, Any]]:
+        marker = uuid.uuid4().hex
+        ran = self._ask("squeue", "-h", *arguments, "-o", f"{marker}|{SQUEUE_FORMAT}")
+        return parse_squeue_text(ran.output, marker)
+
+    def _collect_allocations(self, user: str) -> Dict[str, Any]:
+        narrowed = [f"cluster={self._find_cluster()}"]
+        narrowed += [f"user={user}"] if user != EVERYONE else []
+        command = ("show", "assoc", "where", *narrowed)
+        try:
+            document = self._ask_json("sacctmgr", *command, sections=("associations",))
+            if document is not None:
+                return {"allocations": parse_associations(document)}
+            columns = f"format={','.join(SACCTMGR_COLUMNS)}"
+            ran = self._ask("sacctmgr", "-P", "-n", *command, columns)
+            return {"allocations": parse_associations_text(ran.output)}
+        except NotInstalled:
+            return {"allocations": []}            # a site without accounting
+        except BadGateway as error:
+            if "accounting_storage" not in error.detail:
+                raise
+            return {"allocations": []}
+
+    def _cancel(self, job_id: str) -> None:
+        ran = self._run("scancel", "-v", re.sub(r"%\d+", "", job_id), env=self._env())
+        words = [line for line in ran.error.splitlines() if "error" in line]
+        problem = scheduler_error("scancel", Ran(ran.code, "", "\n".join(words)))
+        for pattern, error in (("Invalid job id", NotFound), ("denied", Forbidden),
+                               ("already completing or completed", Conflict)):
+            if any(pattern in line for line in words):
+                raise error(problem.detail)
+        if words or ran.code != 0:                # scancel's exit status is 0 for unknown jobs
+            raise problem
+
+    def _find_cluster(self) -> str:
+        """Return the cluster's name: a database may hold the associations of several."""
+        if self._cluster is None:
+            ran = self._ask("scontrol", "show", "config")
+            found = re.search(r"^ClusterName\s*=\s*([\w.-]+)\s*$", ran.output, re.MULTILINE)
+            if found is None:
+                raise BadGateway("scontrol show config: no ClusterName")
+            self._cluster = found[1]
+        return self._cluster
+
+    def _is_elsewhere(self) -> bool:
+        """Whether the allocation of this process is one of another cluster than this."""
+        here = os.environ.get("SLURM_CLUSTER_NAME")
+        return self._slurm_conf is not None and here is not None and \
+            here.lower() != self._find_cluster().lower()
+
+    def _ask(self, program: str, *arguments: str) -> Ran:
+        """Return what a program printed. Raises EdgeError when it failed."""
+        ran = self._run(program, *arguments, env=self._env())
+        if "Invalid user" in ran.error:
+            raise Unprocessable(f"user: {' '.join(ran.error.split())[:200]}")
+        if ran.code != 0:
+            raise scheduler_error(program, ran)
+        return ran
+
+    def _ask_json(self, program: str, *arguments: str,
+                  sections: Tuple[str, ...]) -> Optional[Dict[str, Any]]:
+        """Return what a program printed as JSON; None where it has none, or too much of it."""
+        if program in self._textual:
+            return None
+        try:
+            ran = self._ask(program, "--json", *arguments)
+        except TooMuchOutput as error:
+            log_queues.info("%s: text will be asked for", error.detail)
+            if program == "sinfo":                # a large cluster does not become a small one
+                self._textual.add(program)
+            return None
+        except BadGateway as error:
+            if not re.search(r"unrecogni[sz]ed option|invalid option|json|serializ", error.detail):
+                raise
+            log_queues.info("%s has no --json: text will be asked for", program)
+            self._textual.add(program)
+            return None
+        document = _parse_document(f"{program} --json", ran.output, *sections)
+        if document.get("errors"):                # 22.05 has the exit status 0 even then
+            words = [str(error.get(name)) for error in document["errors"]
+                     for name in ("source", "description", "error") if error.get(name)]
+            raise Unavailable(f"{program}: {': '.join(words)}"[:500])
+        return document
+
+    def _env(self) -> Dict[str, str]:
+        return slurm_environment(None, self._slurm_conf)
+
+
+def slurm_environment(env: Optional[Dict[str, str]] = None,
+                      slurm_conf: Optional[str] = None) -> Dict[str, str]:
+    """Return an environment in which Slurm's programs print what the parsers expect.
+
+    The user's own defaults for them (SQUEUE_FORMAT and the like) would change that.
+    """
+    changing = ("SQUEUE_", "SINFO_", "SCANCEL_", "SCONTROL_", "SLURM_JSON", "SLURM_YAML")
+    made = {name: value for name, value in (os.environ if env is None else env).items()
+            if not name.startswith(changing) and name not in _SECRET_VARIABLES}
+    made.update(SLURM_TIME_FORMAT="%s", SLURM_BITSTR_LEN="0", SLURM_JSON="compact")
+    if slurm_conf is not None:
+        made["SLURM_CONF"] = slurm_conf
+        made.pop("SLURM_CLUSTERS", None)
+    return made
+
+
+class QueueInfoPBS(QueueInfo):
+    """Asks PBS Pro or OpenPBS, by `-F json` where that can be read, else by text."""
+
+    backend = "pbs"
+    programs = ("qstat", "pbsnodes", "qdel")
+
+    def __init__(self, ttl: float = QUEUES_TTL_S) -> None:
+        super().__init__(ttl)
+        self._no_history = False                  # `qstat -x` is refused; only ever set
+
+    def job_allocation(self) -> Optional[Dict[str, Any]]:
+        job_id = os.environ.get("PBS_JOBID")
+        if not job_id:
+            return None
+        jobs = parse_pbs_jobs(self._entries("Jobs", "qstat", "-f", check_job_id(job_id)),
+                              time.time())
+        if not jobs or not jobs[0]["nodes"]:
+            raise Unavailable(f"PBS_JOBID is {job_id}, but qstat does not know the job's nodes")
+        job, limit = jobs[0], jobs[0]["time_limit"]
+        return {"job_id": job["job_id"], "partition": job["partition"], "n_nodes": job["nodes"],
+                "nodelist": job["node_list"], "cpus_per_node": (job["cpus"] or 0) // job["nodes"],
+                "gpus_per_node": job["gpus"] // job["nodes"], "account": job["account"],
+                "job_name": job["job_name"], "runtime": None if limit == UNLIMITED else limit}
+
+    def _collect_info(self) -> Dict[str, Any]:
+        queues = self._entries("Queue", "qstat", "-Q", "-f")
+        return {"queues": parse_pbs_queues(queues, self._entries("nodes", "pbsnodes", "-a"))}
+
+    def _collect_jobs(self, queue: Optional[str], user: str, finished: bool) -> Dict[str, Any]:
+        where = [queue] if queue is not None else []
+        history = ["-x"] if finished and not self._no_history else []
+        try:
+            entries = self._entries("Jobs", "qstat", "-f", *history, *where)
+        except BadGateway as error:
+            if "history" not in error.detail or not history:
+                raise
+            self._no_history = True
+            entries = self._entries("Jobs", "qstat", "-f", *where)
+        jobs = parse_pbs_jobs(entries, time.time())
+        return {"jobs": [job for job in jobs if _matches(job, queue, user)]}
+
+    def _collect_allocations(self, user: str) -> Dict[str, Any]:
+        if shutil.which("sbank-list-allocations") is None:
+            return {"allocations": []}            # PBS has none of its own
+        narrowed = ["-u", user] if user != EVERYONE else []
+        ran = self._ask("sbank-list-allocations", *narrowed)
+        return {"allocations": parse_sbank(ran.output)}
+
+    def _cancel(self, job_id: str) -> None:
+        ran = self._run("qdel", job_id, env=_clean_environment())
+        if ran.code == 0:
+            return
+        problem = scheduler_error("qdel", ran)
+        for pattern, error in (("Unknown Job", NotFound), ("Unauthorized", Forbidden),
+                               ("finished|invalid for state", Conflict)):
+            if re.search(pattern, ran.error):
+                raise error(problem.detail)
+        raise problem
+
+    def _entries(self, section: str, program: str, *arguments: str) -> PbsEntries:
+        """Return what a program prints of queues, nodes or jobs.
+
+        JSON of PBS is not always JSON: values that users made up are not escaped by old versions.
+        """
+        options, names = self._split(arguments)
+        try:
+            ran = self._ask(program, *options, "-F", "json", *names)
+            if not ran.output.strip():
+                return {}
+            return parse_pbs_json(_parse_document(program, ran.output, section, "timestamp"),
+                                  section)
+        except BadGateway as error:
+            if "history" in error.detail:
+                raise
+        text = self._ask(program, *options, *names).output
+        entries = parse_pbs_text(text)
+        if text.strip() and not entries:
+            raise BadGateway(f"{program} printed nothing that could be read: {text[:80]!r}")
+        return entries
+
+    @staticmethod
+    def _split(arguments: Tuple[str, ...]) -> Tuple[List[str], List[str]]:
+        return ([item for item in arguments if item.startswith("-")],
+                [item for item in arguments if not item.startswith("-")])
+
+    def _ask(self, program: str, *arguments: str) -> Ran:
+        ran = self._run(program, *arguments, env=_clean_environment())
+        if ran.code != 0:
+            raise scheduler_error(program, ran)
+        return ran
+
+
+def find_queue_info(slurm_conf: Optional[str] = None) -> Optional[QueueInfo]:
+    """Return the backend for this machine's batch system; None when it has none that is known."""
+    if slurm_conf is not None or shutil.which("squeue"):
+        return QueueInfoSlurm(slurm_conf)
+    return QueueInfoPBS() if shutil.which("qstat") else None
+
+
+def parse_clusters(text: str) -> Dict[str, str]:
+    """Return {instance name: path of its slurm.conf} of "name=path", by lines or commas.
+
+    Raises Unprocessable. Lines that begin with # are left out.
+    """
+    found = {}
+    for item in re.split(r"[,\n]", re.sub(r"(?m)^\s*#.*$", "", text)):
+        name, equals, path = (part.strip() for part in item.partition("="))
+        if not item.strip():
+            continue
+        if not equals or not path.startswith("/") or not is_valid_name(name):
+            raise Unprocessable(f"clusters: {item.strip()[:80]!r} is not NAME=/path/to/slurm.conf")
+        found[name] = path
+    return found
+
+
+def read_clusters() -> Dict[str, str]:
+    """Return parse_clusters() of RADICAL_QUEUE_CLUSTERS, or of ~/.radical/edge/clusters."""
+    text = os.environ.get("RADICAL_QUEUE_CLUSTERS")
+    return parse_clusters(_read(str(home_dir() / "clusters")) if text is None else text)
+
+
+class QueueInfoSession(PluginSession):
+    """A session that asks the backend, which all sessions of a plugin share."""
+
+    def __init__(self, sid: str, backend: QueueInfo) -> None:
+        super().__init__(sid)
+        self._backend = backend
+
+    async def get_info(self, user: Optional[str] = None, force: bool = False) -> Dict[str, Any]:
+        """Return what QueueInfo.get_info() does."""
+        return await self._ask(self._backend.get_info, user, force)
+
+    async def list_jobs(self, queue: str, user: Optional[str] = None, force: bool = False,
+                        state: Optional[str] = None) -> Dict[str, Any]:
+        """Return what QueueInfo.list_jobs() does."""
+        return await self._ask(self._backend.list_jobs, queue, user, force, state)
+
+    async def list_all_jobs(self, user: Optional[str] = None, force: bool = False,
+                            state: Optional[str] = None) -> Dict[str, Any]:
+        """Return what QueueInfo.list_all_jobs() does."""
+        return await self._ask(self._backend.list_all_jobs, user, force, state)
+
+    async def list_allocations(self, user: Optional[str] = None,
+                               force: bool = False) -> Dict[str, Any]:
+        """Return what QueueInfo.list_allocations() does."""
+        return await self._ask(self._backend.list_allocations, user, force)
+
+    async def cancel_job(self, job_id: str) -> Dict[str, Any]:
+        """Return what QueueInfo.cancel_job() does."""
+        return await self._ask(self._backend.cancel_job, job_id)
+
+    async def _ask(self, function: Callable[..., Any], *args: Any) -> Any:
+        self._check_active()
+        return await self._backend.workers.call(function, *args)
+
+
+class QueueInfoClient(PluginClient):
+    """A program's access to an edge's batch system. Units and shapes: see QueueInfo."""
+
+    def get_info(self, user: Optional[str] = None, force: bool = False) -> Dict[str, Any]:
+        """Return {"queues": {name: {...}}}; user: None is the edge's, "*" sees all queues."""
+        return self._get(f"get_info/{self._require_session()}", user=user, force=_flag(force))
+
+    def list_jobs(self, queue: str, user: Optional[str] = None, force: bool = False,
+                  state: Optional[str] = None) -> Dict[str, Any]:
+        """Return {"jobs": [...]} of a queue. state: "PENDING,HELD", "ALL"; None: all that live."""
+        path = f"list_jobs/{self._require_session()}/{urllib.parse.quote(queue, safe='')}"
+        return self._get(path, user=user, force=_flag(force), state=state)
+
+    def list_all_jobs(self, user: Optional[str] = None, force: bool = False,
+                      state: Optional[str] = None) -> Dict[str, Any]:
+        """Return {"jobs": [...]} of all queues."""
+        return self._get(f"list_all_jobs/{self._require_session()}", user=user,
+                         force=_flag(force), state=state)
+
+    def list_allocations(self, user: Optional[str] = None, force: bool = False) -> Dict[str, Any]:
+        """Return {"allocations": [...]}: accounts and limits."""
+        return self._get(f"list_allocations/{self._require_session()}", user=user,
+                         force=_flag(force))
+
+    def cancel_job(self, job_id: str) -> Dict[str, Any]:
+        """Cancel a job; return {"job_id", "status": "canceled"}. Raises EdgeError: 403, 404..."""
+        path = f"cancel/{self._require_session()}/{urllib.parse.quote(str(job_id), safe='')}"
+        return self._post(path)
+
+    def is_enabled(self) -> bool:
+        """Whether the edge's machine has a batch system that works. Needs no session."""
+        return self._get("is_enabled")["available"]
+
+    def backend(self) -> str:
+        """Return "slurm", "pbs" or "none". Needs no session."""
+        return self._get("backend")["backend"]
+
+    def job_allocation(self) -> Optional[Dict[str, Any]]:
+        """Return the allocation within which the edge runs, None outside of one. No session."""
+        return self._get("job_allocation")["allocation"]
+
+
+def _flag(value: bool) -> Optional[str]:
+    return "true" if value else None
+
+
+class PluginQueueInfo(Plugin):
+    """Tells of a batch system's queues, jobs and allocations, and cancels jobs.
+
+    There is an instance named queue_info for the machine's own cluster, and one for each other
+    cluster that read_clusters() names. slurm_conf: instead of what it says.
+    """
+
+    plugin_name = "queue_info"
+    session_class = QueueInfoSession
+    client_class = QueueInfoClient
+    version = "0.0.1"
+    ui_config = {
+        "icon": "📋", "title": "Queue Info",
+        "description": "Inspect Slurm partitions, jobs and allocations.",
+        "refresh_button": True,
+        "monitors": [{"id": "partitions", "title": "Partitions / Queues", "type": "table",
+                      "css_class": "queueinfo-content", "auto_load": "get_info/{sid}"}]}
+
+    def __init__(self, app: Any, instance_name: str = "queue_info",
+                 slurm_conf: Optional[str] = None) -> None:
+        super().__init__(app, instance_name)
+        conf = read_clusters().get(instance_name) if slurm_conf is None else slurm_conf
+        self._backend = find_queue_info(conf)
+        for route, handler in (
+                ("is_enabled", self.is_enabled_endpoint), ("backend", self.backend_endpoint),
+                ("job_allocation", self.job_allocation_endpoint),
+                ("allocation", self.job_allocation_endpoint),
+                ("get_info/{sid}", self.get_info), ("list_jobs/{sid}/{queue}", self.list_jobs),
+                ("list_all_jobs/{sid}", self.list_all_jobs),
+                ("list_allocations/{sid}", self.list_allocations)):
+            self.add_route_get(route, handler)
+        self.add_route_post("cancel/{sid}/{job_id}", self.cancel_job)
+
+    @classmethod
+    def instance_names(cls) -> List[str]:
+        return list(dict.fromkeys([cls.plugin_name, *read_clusters()]))
+
+    def is_enabled(self) -> bool:
+        """Return whether there is a batch system whose programs work."""
+        if self._backend is None:
+            self.why_disabled = "neither Slurm (squeue) nor PBS (qstat) is found on PATH"
+            return False
+        fault = self._backend.find_fault()
+        self.why_disabled = f"{self._backend.backend}: {fault}"
+        return fault is None
+
+    async def start(self) -> None:
+        if self._backend is not None:
+            self._backend.start_prefetch()
+
+    async def stop(self) -> None:
+        if self._backend is not None:
+            self._backend.stop()
+
+    def _create_session(self, sid: str) -> PluginSession:
+        return QueueInfoSession(sid, self._backend)
+
+    def get_job_allocation(self) -> Optional[Dict[str, Any]]:
+        """Return what QueueInfo.job_allocation() does. Blocks."""
+        return self._backend.job_allocation() if self._backend is not None else None
+
+    async def is_enabled_endpoint(self, request: Request) -> Any:
+        """Answer {"available"}: whether the batch system's programs work now."""
+        return {"available": await self._backend.workers.call(self.is_enabled)}
+
+    async def backend_endpoint(self, request: Request) -> Any:
+        """Answer {"backend": "slurm" | "pbs" | "none"}."""
+        return {"backend": self._backend.backend if self._backend is not None else "none"}
+
+    async def job_allocation_endpoint(self, request: Request) -> Any:
+        """Answer {"allocation"}: the one within which the edge runs, or null."""
+        return {"allocation": await self._backend.workers.call(self.get_job_allocation)}
+
+    async def get_info(self, request: Request) -> Any:
+        """Answer the queues. ?user=&force="""
+        return await self._forward(request.path_params["sid"], QueueInfoSession.get_info,
+                                   *_user_and_force(request))
+
+    async def list_jobs(self, request: Request) -> Any:
+        """Answer the jobs of a queue. ?user=&force=&state="""
+        return await self._forward(request.path_params["sid"], QueueInfoSession.list_jobs,
+                                   request.path_params["queue"], *_user_and_force(request),
+                                   request.query_params.get("state"))
+
+    async def list_all_jobs(self, request: Request) -> Any:
+        """Answer the jobs of all queues. ?user=&force=&state="""
+        return await self._forward(request.path_params["sid"], QueueInfoSession.list_all_jobs,
+                                   *_user_and_force(request), request.query_params.get("state"))
+
+    async def list_allocations(self, request: Request) -> Any:
+        """Answer accounts and limits. ?user=&force="""
+        return await self._forward(request.path_params["sid"], QueueInfoSession.list_allocations,
+                                   *_user_and_force(request))
+
+    async def cancel_job(self, request: Request) -> Any:
+        """Cancel a job; answer {"job_id", "status"}."""
+        return await self._forward(request.path_params["sid"], QueueInfoSession.cancel_job,
+                                   request.path_params["job_id"])
+
+
+def _user_and_force(request: Request) -> Tuple[Optional[str], bool]:
+    return request.query_params.get("user") or None, request.query_bool("force")
+
+
+# ---------------------------------------------------------------------------
 # 3. tunnels: how an edge that an edge started on a compute node reaches the bridge. What a child
 #    is; the ssh of a reverse tunnel; the relay, with a loop of its own; and the watchers of all
 #    three. The child's own side is in radical_edge.py, section 12.
@@ -677,8 +2348,6 @@ KEEP_TUNNELS_S = 7 * 86400     # what became of a tunnel is known so long
 # what edges of radical.edge 0.x were started with: it stands for the parent's own Python and file
 CHILD_EXECUTABLES = frozenset(("radical-edge-wrapper.sh", "radical-edge-service.sh",
                                "radical-edge-service", "radical-edge"))
-# the edge's, not the job's
-_SECRET_VARIABLES = ("RADICAL_BRIDGE_TOKEN", "RADICAL_BRIDGE_TOKEN_FILE", "RADICAL_BRIDGE_KEY")
 _CHILD_OPTIONS = {"-n": "name", "--name": "name", "--url": "url", "--tunnel-via": "via",
                   "--tunnel": "tunnel"}
 
@@ -703,11 +2372,6 @@ def is_same_process(pid: Optional[int], started: Optional[int]) -> bool:
         return False                              # somebody else's: the number was used again
     state = _read(f"/proc/{pid}/stat", 4096).rpartition(")")[2].split()[:1]
     return process_started(pid) == (started or 0) and state != ["Z"]
-
-
-def _clean_environment() -> Dict[str, str]:
-    """Return the edge's environment without its own secrets."""
-    return {name: value for name, value in os.environ.items() if name not in _SECRET_VARIABLES}
 
 
 # -- what is to be started

@@ -4315,6 +4315,11 @@ class Plugin:
 
     # -- what subclasses override
 
+    @classmethod
+    def instance_names(cls) -> List[str]:
+        """Return the names of the instances that a host makes; the first is the plugin's own."""
+        return [cls.plugin_name]
+
     def is_enabled(self) -> bool:
         """Return whether the plugin is for this machine; if not, set why_disabled."""
         return True
@@ -5133,16 +5138,26 @@ class PluginHost:
         self._hosted: Dict[str, _Hosted] = {}     # replaced as a whole: readers need no lock
         self.disabled: Dict[str, str] = {}        # name to reason, of plugins that were not loaded
 
-    def load(self, names: Iterable[str]) -> None:
-        """Make and start one instance of each registered class; what fails is logged and left."""
+    def load(self, names: Iterable[str]) -> List[str]:
+        """Make and start the instances of each registered class; return the names of all of them.
+
+        What fails is logged and left, with the reason in `disabled`.
+        """
+        tried: List[str] = []
         for name in names:
+            factory = Plugin.get_plugin_class(name)
             try:
-                self.add(Plugin.get_plugin_class(name))
+                instances = factory.instance_names()
             except Exception as error:            # one plugin must not cost the others
-                self.disabled[name] = str(error) or type(error).__name__
-                level = logging.INFO if isinstance(error, EdgeError) else logging.ERROR
-                log.log(level, "plugin %s is not loaded: %s", name, self.disabled[name],
-                        exc_info=None if isinstance(error, EdgeError) else error)
+                instances = []
+                self._leave(name, error)
+            for instance in instances:
+                try:
+                    self.add(factory, instance if instance != name else None)
+                except Exception as error:
+                    self._leave(instance, error)
+            tried += instances or [name]
+        return tried
 
     def add(self, factory: Any, instance_name: Optional[str] = None) -> "Plugin":
         """Make an instance of a plugin class and serve it; return it. The topology follows.
@@ -5252,6 +5267,12 @@ class PluginHost:
             call_.respond(error_response(error))
 
     # -- inside
+
+    def _leave(self, name: str, error: Exception) -> None:
+        expected = isinstance(error, EdgeError)
+        self.disabled[name] = (error.detail if expected else str(error)) or type(error).__name__
+        log.log(logging.INFO if expected else logging.ERROR, "plugin %s is not loaded: %s", name,
+                self.disabled[name], exc_info=None if expected else error)
 
     def _start(self, hosted: _Hosted, route: Route, request: Request, call_: Call) -> None:
         try:
@@ -9969,9 +9990,8 @@ def _check_plugins(options: argparse.Namespace) -> bool:
         host = PluginHost("check", ROLE_EDGE, Path(scratch), notify=lambda *_: None,
                           changed=lambda: None)
         names = select_plugins(options.plugins.split(",") if options.plugins else None)
-        host.load(names)
-        described = host.describe()
-        for name in names:
+        tried, described = host.load(names), host.describe()
+        for name in tried:
             problem = described.get(name, {}).get("ui_problem")
             fine = f"ok, but its page is plain: {problem}" if problem else "ok"
             print(f"plugin   {name}: {host.disabled.get(name, fine)}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import pwd
 import re
@@ -22,6 +23,8 @@ from pathlib import Path
 
 import pytest
 
+import plugins
+
 SCRIPTS = Path(__file__).resolve().parent / "slurm"
 REQUIRED = "slurm" in os.environ.get("RADICAL_EDGE_REQUIRE", "").split(",")
 VERSION = os.environ.get("SLURM_TEST_VERSION", "24.11")
@@ -32,7 +35,7 @@ LOCK_S = 1800                  # another test run has the instance for so long a
 
 
 class SlurmCluster:
-    """A cluster that is up, and what tests do with it. `env` holds PATH, SLURM_CONF and the rest."""
+    """A cluster that is up, and what tests do with it. env: PATH, SLURM_CONF and the rest."""
 
     version = VERSION
 
@@ -80,7 +83,8 @@ class SlurmCluster:
 
     def job(self, job_id):
         """Return {name: value} of `scontrol -o show job`: the truth about a job; {} when gone."""
-        text = self.run("scontrol", "-o", "show", "job", job_id, check=False, SLURM_TIME_FORMAT="%s")
+        text = self.run("scontrol", "-o", "show", "job", job_id, check=False,
+                        SLURM_TIME_FORMAT="%s")
         return dict(re.findall(r"(\S+?)=(\S*)", text)) if "JobId=" in text else {}
 
     def wait_for_job(self, job_id, *states, timeout=60):
@@ -99,8 +103,10 @@ class SlurmCluster:
         _up("--reset")
 
 
+@functools.lru_cache(maxsize=None)
 def _may_use_python(user):
-    done = subprocess.run(["runuser", "-u", user, "--", sys.executable, "-c", ""], cwd="/",
+    code = f"open({plugins.__file__!r})"
+    done = subprocess.run(["runuser", "-u", user, "--", sys.executable, "-c", code], cwd="/",
                           stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                           stderr=subprocess.DEVNULL)
     return done.returncode == 0
@@ -127,21 +133,53 @@ def why_absent():
     return f"Slurm for tests is not installed: run `sh tests/setup-slurm.sh {VERSION}` as root"
 
 
+def check_job(job, truth):
+    """Compare a record of queue_info with what SlurmCluster.job() says of that job."""
+    def date(text):
+        return int(text) if text.isdigit() else None
+
+    assert job["state"] == truth["JobState"]
+    assert job["user"] == truth["UserId"].split("(")[0]
+    assert job["partition"] == truth["Partition"] and job["account"] == truth["Account"]
+    assert job["qos"] == truth["QOS"]
+    assert abs(job["priority"] - int(truth["Priority"])) < 50     # it changes all the time
+    limit = truth["TimeLimit"]
+    assert job["time_limit"] == (limit if limit == "UNLIMITED" else
+                                 plugins.parse_slurm_duration(limit))
+    assert job["submit_time"] == date(truth["SubmitTime"])
+    start = job["estimated_start"] if job["state"] == "PENDING" else job["start_time"]
+    assert abs((start or 0) - (date(truth["StartTime"]) or 0)) < 60
+    assert job["node_list"] == truth["NodeList"].replace("(null)", "")
+    assert job["nodes"] == int(truth["NumNodes"].split("-")[0])
+    assert (job["reason"] or "None").replace(" ", "_") == truth["Reason"] or \
+        job["reason"].startswith(truth["Reason"])
+    assert (job["dependency"] or "(null)") == truth["Dependency"]
+    if job["state"] in plugins.FINISHED_STATES:
+        code, killed = truth["ExitCode"].split(":")
+        assert (job["exit_code"] or 0, job["signal"] or 0) == (int(code), int(killed))
+        assert job["end_time"] == date(truth["EndTime"])
+        assert job["time_used"] == plugins.parse_slurm_duration(truth["RunTime"])
+
+
 @contextlib.contextmanager
 def _alone():
     """Keep other test runs off the instance: each cancels all jobs when it begins."""
     BASE.mkdir(parents=True, exist_ok=True)
     with open(BASE / ".tests.lock", "w") as file:
         deadline = time.monotonic() + LOCK_S
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    pytest.fail(f"another test run holds {BASE}/.tests.lock")
-                time.sleep(0.5)
+        while not _has_locked(file):
+            if time.monotonic() > deadline:
+                pytest.fail(f"another test run holds {BASE}/.tests.lock")
+            time.sleep(0.5)
         yield
+
+
+def _has_locked(file):
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
 
 
 def _is_up():
