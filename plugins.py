@@ -4,6 +4,7 @@
     2. queue_info  the batch system: queues, jobs, allocations, of Slurm or PBS
     3. tunnels     edges that an edge starts, where only it can reach the bridge
     4. psij        jobs: a local executor of our own, and the batch systems through psij-python
+    5. staging    files: there and back, over every break, and never out of the allowed roots
     6. rhapsody    tasks: a local backend of our own, and the backends of rhapsody-py
     7. lucid       pilots and tasks through RADICAL-Pilot, which runs in a child process
 
@@ -26,6 +27,7 @@ import functools
 import grp
 import hashlib
 import hmac
+import http.client
 import importlib
 import importlib.util
 import inspect
@@ -37,6 +39,7 @@ import math
 import mmap
 import os
 import pwd
+import queue
 import random
 import re
 import secrets
@@ -44,6 +47,7 @@ import selectors
 import shutil
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -55,22 +59,26 @@ import urllib.parse
 import uuid
 from pathlib import Path
 from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple,
-                    Optional, Set, Tuple, Union)
+                    Optional, Set, Tuple, Type, Union)
 
 import radical_edge
-from radical_edge import (BadGateway, BadRequest, BridgeURL, Conflict, DeadlineExceeded, EdgeError,
-                          Forbidden, LoopThread, NotFound, NotInstalled, Plugin, PluginClient,
-                          PluginSession, PortFile, ProtocolError, RELAY_NONCE, RESERVED_NAMES,
-                          Request, Response, SSH_OPTIONS, TUNNEL_MODES, Target, TooManyRequests,
-                          Unavailable, Unprocessable, Uplink, Workers, answer_relay, encode_json,
-                          encode_port_file, forward_option, home_dir, is_ssh_host, is_valid_name,
-                          make_child_token, parse_bridge_url, parse_msgpack, repeatable,
-                          tunnels_dir, write_private)
+from radical_edge import (BadGateway, BadRequest, BridgeURL, Conflict, ContentTooLarge,
+                          DeadlineExceeded, EdgeError, FileResponse, Forbidden, HttpResponse,
+                          InsufficientStorage, LoopThread, NotFound, NotInstalled, Plugin,
+                          PluginClient, PluginSession, PortFile, PreconditionFailed, ProtocolError,
+                          RELAY_NONCE, RESERVED_NAMES, Request, Response, SSH_OPTIONS,
+                          StreamingResponse, TUNNEL_MODES, Target, TooManyRequests, Unavailable,
+                          Unprocessable, Uplink, Workers, answer_relay, delete, encode_digest,
+                          encode_json, encode_port_file, forward_option, get, home_dir, is_ssh_host,
+                          is_valid_name, make_child_token, make_etag, note_for_audit,
+                          parse_bridge_url, parse_msgpack, post, put, repeatable, tunnels_dir,
+                          write_private)
 
-__all__ = ["LocalExecutor", "LucidClient", "LucidSession", "PSIJClient", "PSIJSession",
-           "PilotChild", "PluginLucid", "PluginPSIJ", "PluginQueueInfo", "PluginRhapsody",
-           "PluginSysInfo", "QueueInfo", "QueueInfoClient", "QueueInfoPBS", "QueueInfoSession",
-           "QueueInfoSlurm", "Relay", "ReverseSSH", "RhapsodyClient", "RhapsodySession",
+__all__ = ["FileExists", "FileMissing", "LocalExecutor", "LucidClient", "LucidSession",
+           "PSIJClient", "PSIJSession", "PilotChild", "PluginLucid", "PluginPSIJ",
+           "PluginQueueInfo", "PluginRhapsody", "PluginStaging", "PluginSysInfo", "QueueInfo",
+           "QueueInfoClient", "QueueInfoPBS", "QueueInfoSession", "QueueInfoSlurm", "Relay",
+           "ReverseSSH", "RhapsodyClient", "RhapsodySession", "StagingClient", "StagingSession",
            "SysInfoClient", "SysInfoProvider", "SysInfoSession", "Tunnels", "decode_return"]
 
 # ---------------------------------------------------------------------------
@@ -4295,6 +4303,2206 @@ class PluginPSIJ(Plugin):
 
     def _tell_tunnel(self, described: Dict[str, Any]) -> None:
         self._dispatch_notify("tunnel_status", described)
+
+
+# ---------------------------------------------------------------------------
+# 5. staging: files. First the roots, under which each path is opened name by name; then files on
+#    their way, small files in a row, what an edge does with files, and session, client and plugin.
+# ---------------------------------------------------------------------------
+
+log_staging = logging.getLogger("radical_edge.staging")
+
+MAX_PATH = 4096                # bytes of a path, as in Linux
+MAX_LINKS = 40                 # symbolic links on the way to one file, as in Linux
+MAX_DEPTH = 512                # levels of a tree: each costs an open directory
+MAX_DIR_ENTRIES = 100_000      # of a directory, in one answer
+MAX_JSON_FILE = 32 * 1024 * 1024     # bytes of a file that travels as base64
+MAX_UPLOADS = 32               # at a time; each holds a thread of the plugin
+MAX_KNOWN_DIGESTS = 1024       # of files and of partial files, of each kind
+MAX_TAIL_READ = 1024 * 1024    # bytes of a file's end in one answer
+SMALL_FILE = 256 * 1024        # bytes; smaller files of a tree travel in batches
+BATCH_FILES = 400              # files in one batch
+BATCH_SIZE = 4 * 1024 * 1024   # bytes of them, about
+COPY_SIZE = 256 * 1024         # bytes written and hashed at once
+PARTIAL_S = 7 * 86400          # partial files that nobody goes on with are kept so long
+CLAIM_S = 5.0                  # a broken request lets go of its partial file within so long
+TAIL_POLL_S = 0.25             # a file that is followed is looked at so often
+MAX_TAIL_WAIT = 60             # seconds for which one request follows a file
+
+_PARTIAL = re.compile(r"\.radical-edge-[0-9a-f]{32}\.part")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_STEP = _DIRECTORY | getattr(os, "O_PATH", os.O_RDONLY)  # passes where it may not list
+_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC     # a FIFO must not block, a link not lead on
+_NO_LINKS = frozenset((errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK))
+_OS_ERRORS: Dict[int, Type[EdgeError]] = {
+    errno.ENOENT: NotFound, errno.EACCES: Forbidden, errno.EPERM: Forbidden, errno.EROFS: Forbidden,
+    errno.ENOTDIR: BadRequest, errno.EINVAL: Unprocessable, errno.ENAMETOOLONG: Unprocessable,
+    errno.ELOOP: Conflict, errno.EEXIST: Conflict, errno.EISDIR: Conflict,
+    errno.ENOTEMPTY: Conflict, errno.EXDEV: Conflict, errno.EBUSY: Conflict,
+    errno.ETXTBSY: Conflict,
+    errno.ENOSPC: InsufficientStorage, errno.EDQUOT: InsufficientStorage,
+    errno.EFBIG: InsufficientStorage, errno.EMFILE: Unavailable, errno.ENFILE: Unavailable,
+    errno.ESTALE: Unavailable, errno.EIO: Unavailable}
+
+
+def _read_umask() -> int:
+    mask = os.umask(0o77)                         # there is no other way to read it
+    os.umask(mask)
+    return mask
+
+
+NEW_MODE = 0o666 & ~_read_umask()                 # of a file for which nobody asks another
+
+
+class FileExists(Conflict, FileExistsError):
+    """There is a file already, and it was not to be replaced."""
+
+
+class FileMissing(NotFound, FileNotFoundError):
+    """There is no such file or directory."""
+
+
+def parse_file_path(value: Any, field: str = "path") -> str:
+    """Return a path that a client sent. Raises Unprocessable for what cannot be one.
+
+    Bytes that are not UTF-8 are surrogates in it, as in all of Python's file names.
+    """
+    if not isinstance(value, str) or not value:
+        raise Unprocessable(f"{field}: must be the path of a file or directory")
+    try:
+        size = len(os.fsencode(value))
+    except UnicodeEncodeError:
+        raise Unprocessable(f"{field}: {value[:80]!r} is no text that a path may hold") from None
+    if "\0" in value or size > MAX_PATH:
+        raise Unprocessable(f"{field}: may hold neither a NUL nor more than {MAX_PATH} bytes")
+    return value
+
+
+def explain_os_error(error: OSError, path: str) -> EdgeError:
+    """Return the error for a caller that an error of the system stands for."""
+    cls = _OS_ERRORS.get(error.errno or 0)
+    if cls is None:
+        log_staging.error("%r: %s", path, error)
+        return EdgeError(f"{path!r}: {error.strerror}")
+    hint = {errno.ENOTDIR: "Not a directory", errno.EXDEV: "on another file system: copy it",
+            errno.ELOOP: "it was changed while it was looked up: try again",
+            errno.ENAMETOOLONG: "path: a name in it is longer than the file system takes"}
+    text = f"{hint.get(error.errno or 0, error.strerror)}: {path!r}"
+    return FileMissing(text) if cls is NotFound else cls(text)
+
+
+@contextlib.contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Turn what the system says into what the caller is told."""
+    try:
+        yield
+    except EdgeError:
+        raise
+    except OSError as error:
+        raise explain_os_error(error, path) from None
+
+
+def _split(path: str) -> List[str]:
+    return [name for name in path.split("/") if name not in ("", ".")]
+
+
+def _identity(status: os.stat_result) -> Tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+class Roots:
+    """The directories under which files may be touched, and the way to all that is in them.
+
+    A path is opened name by name, each relative to the directory before it, and a symbolic link is
+    read and followed here, so that whatever is changed meanwhile can lead nowhere else. private:
+    directories that are closed although they lie under a root; they can be neither moved nor
+    deleted with what they lie in.
+    """
+
+    def __init__(self, paths: Iterable[str], private: Iterable[str] = ()) -> None:
+        given = [os.path.abspath(os.path.expanduser(path)) for path in paths]
+        real = {path: os.path.realpath(path) for path in given}
+        # one that lies in another is reached through that: its own path could be swapped there
+        self.paths = [path for path in dict.fromkeys(real.values()) if not any(
+            _is_within(path, other) for other in real.values() if other != path)]
+        self._aliases = sorted({tuple(_split(path)) for path in [*given, *self.paths]},
+                               key=len, reverse=True)
+        self._real = {tuple(_split(path)): real.get(path, path) for path in [*self.paths, *given]}
+        self._private = [os.path.realpath(os.path.expanduser(path)) for path in private]
+        self._was_private = {_identity(os.stat(path)) for path in self._private
+                             if os.path.isdir(path)}
+        home = os.path.realpath(os.path.expanduser("~"))
+        self._base = home if any(_is_within(home, root) for root in self.paths) else self.paths[0]
+
+    def find(self, path: str, *, follow: bool = True, parents: bool = False) -> "Place":
+        """Return the place that a path leads to, whether or not something is there. Blocks.
+
+        path: absolute, or relative to the home directory. follow: whether a symbolic link at the
+        end is followed. parents: make the directories that are missing on the way.
+        Raises Forbidden for what is not under a root, NotFound, BadRequest, Conflict.
+        """
+        with _explained(path):
+            walk = _Walk(self, self._expand(path), parents)
+            try:
+                name = walk.run(follow)
+            except BaseException:
+                walk.close()
+                raise
+            return Place(self, walk.fd, name, walk.path)
+
+    def split(self, path: str) -> Tuple[str, List[str]]:
+        """Return (root, names from there on) of an absolute path. Raises Forbidden."""
+        names = tuple(_split(path))
+        for alias in self._aliases:
+            if names[:len(alias)] == alias:
+                return self._locate(self._real[alias], names[len(alias):])
+        raise Forbidden(f"path: {path!r} is outside of {' and '.join(map(repr, self.paths))}, all "
+                        "that this edge lets be touched: see --staging-root")
+
+    def private_ids(self) -> Set[Tuple[int, int]]:
+        """Return the (device, inode) of what is private, now and when the roots were made."""
+        return self._was_private | set(self._identify(self._private))
+
+    def check_movable(self, status: os.stat_result, path: str) -> None:
+        """Raise Forbidden when something private lies in a directory, or is it."""
+        holders = {str(parent) for private in self._private for parent in Path(private).parents}
+        closed = self.private_ids() | set(self._identify(holders)) | set(self._identify(self.paths))
+        if _identity(status) in closed:
+            raise Forbidden(f"path: {path!r} is a root, or the edge's own files lie in it")
+
+    def _expand(self, path: str) -> str:
+        if path == "~" or path.startswith("~/"):
+            return os.path.expanduser("~") + path[1:]
+        return path if path.startswith("/") else f"{self._base}/{path}"
+
+    def _locate(self, real: str, names: Tuple[str, ...]) -> Tuple[str, List[str]]:
+        """Return (root, names) of what lies at `names` under a directory that roots contain."""
+        root = next(root for root in self.paths if _is_within(real, root))
+        return root, [*_split(real)[len(_split(root)):], *names]
+
+    @staticmethod
+    def _identify(paths: Iterable[str]) -> Iterator[Tuple[int, int]]:
+        for path in paths:
+            with contextlib.suppress(OSError):
+                yield _identity(os.stat(path))
+
+
+def _is_within(path: str, root: str) -> bool:
+    return path == root or path.startswith(root.rstrip("/") + "/")
+
+
+class _Walk:
+    """One way from a root to a place. It holds one directory open, `fd`, which outlives it."""
+
+    def __init__(self, roots: Roots, path: str, parents: bool) -> None:
+        self._roots, self._asked, self._parents = roots, path, parents
+        self._private = roots.private_ids()
+        self._links = 0
+        self.fd = -1
+
+    @property
+    def path(self) -> str:
+        """Where the walk has led to, without its last name."""
+        return "/".join([self._root.rstrip("/"), *self._done])
+
+    def run(self, follow: bool) -> str:
+        """Go to the directory of the last name; return that name, "." for a root."""
+        self._start(self._asked)
+        while self._pending:
+            name = self._pending.popleft()
+            if name == "..":
+                self._ascend()
+            elif self._pending:
+                self._descend(name)
+            elif not follow or not self._follow(name):
+                return name
+        return self._ascend() if self._done else "."
+
+    def close(self) -> None:
+        """Close the present directory: the walk has failed."""
+        if self.fd >= 0:
+            os.close(self.fd)
+
+    def _start(self, path: str) -> None:
+        self._root, names = self._roots.split(path)
+        self._pending = collections.deque(names)
+        self._done: List[str] = []
+        self._enter(os.open(self._root, _STEP))
+
+    def _enter(self, fd: int) -> None:
+        """Take an open directory as the present one."""
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = fd
+        if _identity(os.fstat(fd)) in self._private:
+            raise Forbidden(f"path: {self._asked!r} leads into the edge's own files")
+
+    def _ascend(self) -> str:
+        """Go one level up, by going down from the root again; return the name that was left."""
+        if not self._done:
+            raise Forbidden(f"path: {self._asked!r} leads out of {self._root!r}")
+        *names, last = self._done
+        self._done = []
+        self._enter(os.open(self._root, _STEP))
+        for name in names:                        # they were directories, no links
+            self._enter(os.open(name, _STEP, dir_fd=self.fd))
+            self._done.append(name)
+        return last
+
+    def _descend(self, name: str) -> None:
+        try:
+            fd = os.open(name, _STEP, dir_fd=self.fd)
+        except OSError as error:
+            if error.errno in (errno.ENOTDIR, errno.ELOOP) and self._follow(name):
+                return
+            if error.errno != errno.ENOENT or not self._parents:
+                raise
+            with contextlib.suppress(FileExistsError):           # somebody else made it
+                os.mkdir(name, dir_fd=self.fd)
+            fd = os.open(name, _STEP, dir_fd=self.fd)
+        self._done.append(name)
+        self._enter(fd)
+
+    def _follow(self, name: str) -> bool:
+        """Put a symbolic link's target before the names that are left; False when it is none."""
+        try:
+            target = os.readlink(name, dir_fd=self.fd)
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENOENT):
+                return False
+            raise
+        self._check_link(name)
+        self._links += 1
+        if self._links > MAX_LINKS:
+            raise Unprocessable(f"path: {self._asked!r} leads through more than {MAX_LINKS} links")
+        rest = self._pending
+        if target.startswith("/"):
+            self._start(target)
+        else:
+            self._pending = collections.deque(_split(target))
+        self._pending.extend(rest)
+        return True
+
+    def _check_link(self, name: str) -> None:
+        """Refuse a link that somebody else left in /tmp, as Linux does (proc_sys_fs(5))."""
+        folder = os.fstat(self.fd)
+        owner = os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_uid
+        shared = folder.st_mode & (stat.S_ISVTX | stat.S_IWOTH) == stat.S_ISVTX | stat.S_IWOTH
+        if shared and owner not in (os.geteuid(), folder.st_uid):
+            raise Forbidden(f"path: {name!r} is a link that another user made in a directory where "
+                            "everybody may")
+
+
+class Place:
+    """A name in an open directory: what a path has led to. Use it in `with`, which closes it.
+
+    name: "." for a root itself. path: for people.
+    """
+
+    __slots__ = ("fd", "name", "path", "roots")
+
+    def __init__(self, roots: Roots, fd: int, name: str, folder: str) -> None:
+        self.roots, self.fd, self.name = roots, fd, name
+        self.path = (folder or "/") if name == "." else f"{folder}/{name}"
+
+    def __enter__(self) -> "Place":
+        return self
+
+    def __exit__(self, *_exc: Any) -> None:
+        os.close(self.fd)
+
+    def look(self, name: str = "") -> Optional[os.stat_result]:
+        """Return what is there, or beside it as `name`; links not followed. None for nothing."""
+        try:
+            return os.stat(name or self.name, dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def require(self) -> os.stat_result:
+        """Return what is there. Raises FileMissing for nothing."""
+        status = self.look()
+        if status is None:
+            raise FileMissing(f"there is no {self.path!r}")
+        return status
+
+    def open_file(self) -> int:
+        """Return a descriptor of the regular file that is there, to be read. Raises EdgeError.
+
+        It is looked at before, for to open a device may have effects.
+        """
+        self.check_regular(self.require())
+        fd = os.open(self.name, os.O_RDONLY | _FILE, dir_fd=self.fd)
+        try:
+            self.check_regular(os.fstat(fd))
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def open_dir(self) -> int:
+        """Return a descriptor of the directory that is there, to be listed."""
+        fd = os.open(self.name, os.O_RDONLY | _DIRECTORY, dir_fd=self.fd)
+        if _identity(os.fstat(fd)) in self.roots.private_ids():
+            os.close(fd)
+            raise Forbidden(f"path: {self.path!r} leads into the edge's own files")
+        return fd
+
+    def check_regular(self, status: os.stat_result) -> None:
+        """Raise Conflict for a directory, Unprocessable for what else is no regular file."""
+        if stat.S_ISDIR(status.st_mode):
+            raise Conflict(f"path: {self.path!r} is a directory")
+        if not stat.S_ISREG(status.st_mode):
+            raise Unprocessable(f"path: {self.path!r} is not a regular file")
+
+    def check_free(self, overwrite: bool) -> Optional[os.stat_result]:
+        """Return what a file put here would replace. Raises FileExists when it must not."""
+        if self.name == ".":
+            raise Conflict(f"path: {self.path!r} is a directory")
+        status = self.look()
+        if status is not None:
+            self.check_regular(status)
+            if not overwrite:
+                raise FileExists(f"{self.path!r} exists already: ask for overwrite to replace it")
+        return status
+
+
+def local_place(path: Union[str, Path]) -> Place:
+    """Return the place of a path on the own machine, whose user may go anywhere."""
+    real = os.path.realpath(os.path.expanduser(os.fspath(path)))
+    folder = os.path.dirname(real)
+    os.makedirs(folder, exist_ok=True)
+    return Roots([folder]).find(real)
+
+
+_TYPES = {stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_IFLNK: "link"}
+
+
+def describe_file(status: os.stat_result) -> Dict[str, Any]:
+    """Return {"type", "size", "mode", "mtime"}: mode in octal, mtime in seconds since the epoch.
+
+    type: "file", "dir", "link" or "unknown"; only a file has a size that is not None.
+    """
+    kind = _TYPES.get(stat.S_IFMT(status.st_mode), "unknown")
+    return {"type": kind, "size": status.st_size if kind == "file" else None,
+            "mode": f"{stat.S_IMODE(status.st_mode):04o}", "mtime": status.st_mtime}
+
+
+class TreeWalk:
+    """Iterates over all in a directory, parents first; close() it.
+
+    Yields (relative path, open directory, name, status). Links are not followed, and what is
+    private is left out. on_leave(open directory, name) is called after the last in a directory.
+    partials: whether files on their way are shown.
+    Raises Unprocessable for more than MAX_DEPTH levels.
+    """
+
+    def __init__(self, place: Place,
+                 on_leave: Callable[[int, str], None] = lambda fd, name: None, *,
+                 partials: bool = False) -> None:
+        self._private, self._on_leave = place.roots.private_ids(), on_leave
+        self._partials = partials
+        # the directories on the way to the present one: (descriptor, names that are left, prefix)
+        self._levels: List[Tuple[int, Iterator[str], str]] = []
+        self._enter(place.open_dir(), "")
+
+    def __iter__(self) -> Iterator[Tuple[str, int, str, os.stat_result]]:
+        while self._levels:
+            fd, names, prefix = self._levels[-1]
+            name = next(names, None)
+            if name is None:
+                self._leave()
+                continue
+            status = self._look(fd, name)
+            if status is None:
+                continue
+            yield prefix + name, fd, name, status
+            if stat.S_ISDIR(status.st_mode):
+                self._enter(self._open(fd, name), f"{prefix}{name}/")
+
+    def close(self) -> None:
+        """Close the directories that are open."""
+        while self._levels:
+            os.close(self._levels.pop()[0])
+
+    def _enter(self, fd: int, prefix: str) -> None:
+        if len(self._levels) == MAX_DEPTH:
+            os.close(fd)
+            raise Unprocessable(f"path: the tree has more than {MAX_DEPTH} levels")
+        self._levels.append((fd, iter(()), prefix))
+        self._levels[-1] = fd, iter(sorted(os.listdir(fd))), prefix
+
+    def _leave(self) -> None:
+        fd, _, prefix = self._levels.pop()
+        os.close(fd)
+        if self._levels:
+            self._on_leave(self._levels[-1][0], prefix.rstrip("/").rpartition("/")[2])
+
+    def _look(self, fd: int, name: str) -> Optional[os.stat_result]:
+        try:
+            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        except FileNotFoundError:                 # it went meanwhile
+            return None
+        hidden = _PARTIAL.fullmatch(name) and not self._partials
+        return None if hidden or _identity(status) in self._private else status
+
+    def _open(self, fd: int, name: str) -> int:
+        made = os.open(name, os.O_RDONLY | _DIRECTORY, dir_fd=fd)
+        if _identity(os.fstat(made)) in self._private:           # it was swapped meanwhile
+            os.close(made)
+            raise Forbidden(f"path: {name!r} leads into the edge's own files")
+        return made
+
+
+# -- files on their way
+
+class RunningDigest:
+    """The SHA-256 of a file's first `position` bytes, taken while they pass by.
+
+    Pieces may come again, after a break; what is missing in between is read from the file.
+    """
+
+    def __init__(self) -> None:
+        self._hash, self.position = hashlib.sha256(), 0
+
+    def add(self, fd: int, offset: int, piece: Union[bytes, memoryview]) -> None:
+        """Take a piece of the file open as `fd`, which begins at `offset`."""
+        self._catch_up(fd, offset)
+        fresh = memoryview(piece)[max(0, self.position - offset):]
+        self._hash.update(fresh)
+        self.position += len(fresh)
+
+    def finish(self, fd: int, size: int) -> str:
+        """Return the digest of the file's first `size` bytes, in hexadecimal."""
+        if self.position > size:                  # it was cut
+            self.__init__()                       # type: ignore[misc]
+        self._catch_up(fd, size)
+        return self._hash.copy().hexdigest()
+
+    def _catch_up(self, fd: int, offset: int) -> None:
+        while self.position < offset:
+            piece = os.pread(fd, min(COPY_SIZE, offset - self.position), self.position)
+            if not piece:
+                raise Conflict("the file became shorter while it was read")
+            self._hash.update(piece)
+            self.position += len(piece)
+
+
+class _Behind:
+    """Runs calls in a thread of its own, in their order, not more than a few behind. In `with`.
+
+    The first error of a call is raised by the next run(), or at the end.
+    """
+
+    DEPTH = 4
+
+    def __init__(self) -> None:
+        self._calls: "queue.Queue[Optional[Callable[[], None]]]" = queue.Queue(self.DEPTH)
+        self._error: Optional[BaseException] = None              # set by the thread, once
+        self._thread = threading.Thread(target=self._work, name="staging-digest", daemon=True)
+
+    def __enter__(self) -> "_Behind":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: Any, *_exc: Any) -> None:
+        self._calls.put(None)
+        self._thread.join()
+        if kind is None:
+            self._check()
+
+    def run(self, function: Callable[..., None], *args: Any) -> None:
+        """Run `function(*args)` soon."""
+        self._check()
+        self._calls.put(functools.partial(function, *args))
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        for call_ in iter(self._calls.get, None):
+            if self._error is None:
+                try:
+                    call_()
+                except BaseException as error:    # raised where the calls come from
+                    self._error = error
+
+
+def _gather(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the pieces joined to about COPY_SIZE; what came before an error, before it."""
+    waiting: List[bytes] = []
+    size = 0
+    try:
+        for piece in pieces:
+            waiting.append(piece)
+            size += len(piece)
+            if size >= COPY_SIZE:
+                yield b"".join(waiting)
+                waiting, size = [], 0
+    except EdgeError:
+        if waiting:
+            yield b"".join(waiting)
+        raise
+    if waiting:
+        yield b"".join(waiting)
+
+
+def write_pieces(fd: int, offset: int, pieces: Iterable[bytes], digest: RunningDigest,
+                 on_written: Callable[[int], None] = lambda end: None) -> int:
+    """Write pieces to a file from `offset` on, hash them meanwhile, and return where they end.
+
+    What came before an error is written. on_written(end) is called after each piece.
+    """
+    with _Behind() as behind:
+        for piece in _gather(pieces):
+            behind.run(digest.add, fd, offset, piece)
+            offset = write_all(fd, offset, piece)
+            on_written(offset)
+    return offset
+
+
+def write_all(fd: int, offset: int, data: bytes) -> int:
+    """Write data to a file at `offset`; return where it ends."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        offset, view = offset + written, view[written:]
+    return offset
+
+
+def move_new(source: Place, name: str, target: Place) -> None:
+    """Give a file of the source's directory the target's name, which must be free. No race.
+
+    Raises FileExistsError.
+    """
+    try:
+        os.link(name, target.name, src_dir_fd=source.fd, dst_dir_fd=target.fd,
+                follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # a file system without hard links: claim the name, then take its place
+        os.close(os.open(target.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FILE, 0o600,
+                         dir_fd=target.fd))
+        os.replace(name, target.name, src_dir_fd=source.fd, dst_dir_fd=target.fd)
+    else:
+        os.unlink(name, dir_fd=source.fd)
+
+
+def partial_name(place: Place, key: str) -> str:
+    """Return the name of a partial file, which the key tells apart from others."""
+    text = f"{place.name}\0{key}".encode(errors="surrogateescape")
+    return f".radical-edge-{hashlib.sha256(text).hexdigest()[:32]}.part"
+
+
+class Partial:
+    """A file on its way into a place: beside it, under a name of its own, until it is whole.
+
+    key: names the same partial file again, after a break; "" for one that is new. make: False to
+    raise FileMissing when it is not there. Use it in `with`, which closes it, and deletes a new one
+    that was not committed.
+    """
+
+    def __init__(self, place: Place, key: str = "", *, make: bool = True) -> None:
+        self.name = partial_name(place, key or secrets.token_hex(16))
+        self._place, self._key = place, key
+        flags = os.O_RDWR | _FILE | (os.O_CREAT if make else 0) | (0 if key else os.O_EXCL)
+        try:
+            self.fd = os.open(self.name, flags, 0o600, dir_fd=place.fd)
+        except FileNotFoundError:
+            if make:
+                raise
+            raise FileMissing("upload: none of this name goes to this path: begin it") from None
+        status = os.fstat(self.fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() \
+                or status.st_nlink != 1:
+            os.close(self.fd)
+            raise Forbidden(f"path: {self.name!r} beside {place.path!r} is not this edge's own")
+
+    def __enter__(self) -> "Partial":
+        return self
+
+    def __exit__(self, *_exc: Any) -> None:
+        os.close(self.fd)
+        if not self._key:
+            self.delete()
+
+    @property
+    def status(self) -> os.stat_result:
+        """What the system says of it."""
+        return os.fstat(self.fd)
+
+    def check_there(self) -> None:
+        """Raise Unavailable when it was deleted or committed: it must not be written any more."""
+        status = self._place.look(self.name)
+        if status is None or _identity(status) != _identity(self.status):
+            raise Unavailable("upload: it was ended by another request: look, and try again",
+                              headers={"Retry-After": "1"})
+
+    def delete(self) -> None:
+        """Delete it, if it is still there."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.name, dir_fd=self._place.fd)
+
+    def commit(self, *, overwrite: bool, mode: Optional[int] = None,
+               mtime: Optional[float] = None, sync: bool = True) -> os.stat_result:
+        """Give it its mode and time, and let it take its place at once; return what is there.
+
+        mode: None for that of the file it replaces, or NEW_MODE. sync: False to leave it to the
+        system when it goes to the disk. Raises FileExists.
+        """
+        place = self._place
+        replaced = place.check_free(overwrite)
+        if mode is None:
+            mode = replaced.st_mode if replaced is not None else NEW_MODE
+        os.fchmod(self.fd, mode & 0o777)
+        if mtime is not None:
+            whole = math.floor(mtime)             # one float has not enough digits for both
+            os.utime(self.fd, ns=(time.time_ns(), whole * 10**9 + round((mtime - whole) * 1e9)))
+        if sync:
+            os.fsync(self.fd)
+        if overwrite:
+            os.replace(self.name, place.name, src_dir_fd=place.fd, dst_dir_fd=place.fd)
+        else:
+            try:
+                move_new(place, self.name, place)
+            except FileExistsError:
+                raise FileExists(f"{place.path!r} exists already: it was made meanwhile") from None
+        return self.status
+
+
+def delete_old_partials(place: Place) -> None:
+    """Delete the partial files beside a place that nobody went on with for PARTIAL_S."""
+    oldest = time.time() - PARTIAL_S
+    fd = os.open(".", os.O_RDONLY | _DIRECTORY, dir_fd=place.fd)
+    try:
+        with os.scandir(fd) as entries:
+            old = [entry.name for entry in entries if _PARTIAL.fullmatch(entry.name)
+                   and entry.stat(follow_symlinks=False).st_mtime < oldest]
+        for name in old:
+            os.unlink(name, dir_fd=fd)
+            log_staging.info("deleted an old partial file beside %r", place.path)
+    except OSError as error:                      # not ours to delete or list, or gone
+        log_staging.info("old partial files beside %r: %s", place.path, error)
+    finally:
+        os.close(fd)
+
+
+# -- small files in a row: for each, the size of a head (4 bytes), the head, and the content
+
+def encode_entry(head: Dict[str, Any], content: bytes = b"") -> bytes:
+    """Return one entry of a batch. head: {"path", "type", "mode", "mtime", "sha256"}."""
+    encoded = json.dumps({**head, "size": len(content)}).encode()
+    return b"%b%b%b" % (struct.pack("!I", len(encoded)), encoded, content)
+
+
+def parse_entries(pieces: Iterable[bytes]) -> Iterator[Tuple[Dict[str, Any], bytes]]:
+    """Yield (head, content) of each entry of a batch, its digest checked.
+
+    Raises BadRequest for a batch that is cut or damaged.
+    """
+    reader = _Reader(pieces)
+    while True:
+        prefix = reader.read(4, may_end=True)
+        if not prefix:
+            return
+        size, = struct.unpack("!I", prefix)
+        if size > 4 * MAX_PATH + 1024:
+            raise BadRequest(f"batch: an entry's head of {size} bytes")
+        head = _json_object(reader.read(size).decode("ascii", "replace"))
+        parse_file_path(head.get("path"))
+        length = head.get("size")
+        if not isinstance(length, int) or isinstance(length, bool) or \
+                not 0 <= length <= SMALL_FILE:
+            raise BadRequest(f"batch: a file has 0 to {SMALL_FILE} bytes")
+        content = reader.read(length)
+        if head.get("type") == "file" and hashlib.sha256(content).hexdigest() != head.get("sha256"):
+            raise BadRequest(f"batch: {head['path']!r} was damaged on its way: send it again")
+        yield head, content
+
+
+class _Reader:
+    """Reads so many bytes at a time from pieces of any size."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._pieces, self._buffer, self._at = iter(pieces), b"", 0
+
+    def read(self, size: int, *, may_end: bool = False) -> bytes:
+        """Return `size` bytes; b"" at the end if it may be here. Raises BadRequest."""
+        found = [self._take(size)]
+        left = size - len(found[0])
+        while left:
+            self._buffer, self._at = next(self._pieces, b""), 0
+            if not self._buffer:
+                if may_end and left == size:
+                    return b""
+                raise BadRequest("batch: it ends in the middle of an entry")
+            found.append(self._take(left))
+            left -= len(found[-1])
+        return b"".join(found)
+
+    def _take(self, size: int) -> bytes:
+        piece = self._buffer[self._at:self._at + size]
+        self._at += len(piece)
+        return piece
+
+
+def parse_mode(value: Any) -> Optional[int]:
+    """Return a file mode given as octal text, None for none. Raises Unprocessable."""
+    if value is None:
+        return None
+    if not isinstance(value, str) or not re.fullmatch(r"0?[0-7]{3,4}", value):
+        raise Unprocessable("mode: must be octal digits in a string, such as '0644'")
+    return int(value, 8) & 0o777
+
+
+def parse_mtime(value: Any) -> Optional[float]:
+    """Return a time in seconds since the epoch, None for none. Raises Unprocessable."""
+    if value is None:
+        return None
+    with contextlib.suppress(TypeError, ValueError):
+        seconds = float(value)
+        if abs(seconds) < 1e11 and not isinstance(value, bool):
+            return seconds
+    raise Unprocessable("mtime: must be a number of seconds since the epoch")
+
+
+def parse_digest(field: str) -> Optional[str]:
+    """Return the SHA-256, in hexadecimal, of a Repr-Digest field (RFC 9530); None without one.
+
+    Raises BadRequest when it is malformed.
+    """
+    match = re.search(r"(?:^|,)\s*sha-256=:([^:]*):", field)
+    if match is None:
+        return None
+    try:
+        digest = base64.b64decode(match[1], validate=True)
+    except ValueError:
+        digest = b""
+    if len(digest) != 32:
+        raise BadRequest("Repr-Digest: sha-256 has 32 bytes, in base64 between colons")
+    return digest.hex()
+
+
+def parse_flag(value: Any, field: str) -> bool:
+    """Return a flag of a query or a JSON object. Raises Unprocessable."""
+    text = str(value).lower()
+    if text not in ("true", "false", "1", "0", "yes", "no"):
+        raise Unprocessable(f"{field}: {text[:40]!r} is not true or false")
+    return text in ("true", "1", "yes")
+
+
+def parse_upload_name(value: Any) -> str:
+    """Return the name that a client gave its upload. Raises Unprocessable."""
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9._-]{8,128}", value):
+        raise Unprocessable("upload: must be a name of 8 to 128 letters, digits, '.', '_' or '-'")
+    return value
+
+
+def parse_sha256(value: Any) -> Optional[str]:
+    """Return a SHA-256 in hexadecimal, None for none. Raises Unprocessable."""
+    if value is not None and not (isinstance(value, str) and _SHA256.fullmatch(value)):
+        raise Unprocessable("sha256: must be 64 hexadecimal digits in lower case")
+    return value
+
+
+# -- what an edge does with files
+
+class Uploads:
+    """Files that come to an edge, in one request or, after a break, in several. Any thread; blocks.
+
+    The partial file itself says how far an upload is: no record is kept beside it. Only its digest
+    so far is remembered, or else read again from the file.
+    """
+
+    def __init__(self, roots: Roots) -> None:
+        self._roots = roots
+        self._slots = threading.BoundedSemaphore(MAX_UPLOADS)
+        self._changed = threading.Condition()
+        self._claimed: Set[Tuple[Any, ...]] = set()              # guarded by _changed
+        # by what a partial file is, the oldest first; guarded by _changed
+        self._digests: "collections.OrderedDict[Tuple[Any, ...], RunningDigest]" = \
+            collections.OrderedDict()
+        self._cleaned: Dict[Tuple[int, int], float] = {}         # directories; races do no harm
+
+    @contextlib.contextmanager
+    def slot(self) -> Iterator[None]:
+        """Hold one of MAX_UPLOADS places. Raises Unavailable."""
+        if not self._slots.acquire(blocking=False):
+            raise Unavailable(f"{MAX_UPLOADS} uploads are under way here: try again in a moment",
+                              headers={"Retry-After": "1"})
+        try:
+            yield
+        finally:
+            self._slots.release()
+
+    def put(self, path: str, pieces: Iterable[bytes], *, overwrite: bool, sha256: Optional[str],
+            mode: Optional[int] = None, mtime: Optional[float] = None) -> Dict[str, Any]:
+        """Make a file of pieces, all of it or nothing; return what describe_done() does."""
+        with self.slot(), self._roots.find(path, parents=True) as place, _explained(path):
+            place.check_free(overwrite)
+            with Partial(place) as partial:
+                digest = RunningDigest()
+                size = write_pieces(partial.fd, 0, pieces, digest)
+                found = digest.finish(partial.fd, size)
+                check_same(sha256, found)
+                status = partial.commit(overwrite=overwrite, mode=mode, mtime=mtime)
+            return describe_done(place, status, found)
+
+    def begin(self, path: str, name: str, size: int, *, overwrite: bool) -> Dict[str, Any]:
+        """Begin an upload or find it again; return {"path", "upload", "offset"}: how far it is.
+
+        Raises FileExists, and InsufficientStorage when the disk has no room for the rest.
+        """
+        with self._roots.find(path, parents=True) as place, _explained(path):
+            place.check_free(overwrite)
+            self._clean(place)
+            with Partial(place, name) as partial, self._claim(partial):
+                if partial.status.st_size > size:
+                    os.ftruncate(partial.fd, 0)
+                offset = partial.status.st_size
+                room = os.fstatvfs(partial.fd)
+                if room.f_bavail * room.f_frsize < size - offset:
+                    partial.delete()
+                    raise InsufficientStorage(f"{place.path!r}: the file system has no room for "
+                                              f"{size - offset} bytes more")
+            return {"path": place.path, "upload": name, "offset": offset}
+
+    def write(self, path: str, name: str, offset: int, pieces: Iterable[bytes]) -> Dict[str, Any]:
+        """Append to an upload, which must be `offset` bytes long; return {"offset"}: its length.
+
+        What arrived before a break is kept. When the disk is full, nothing is. Raises Conflict for
+        another offset.
+        """
+        with self.slot(), self._roots.find(path) as place, _explained(path):
+            with Partial(place, name, make=False) as partial, self._claim(partial) as digest:
+                size = partial.status.st_size
+                if size != offset:
+                    raise Conflict(f"offset: {size} bytes are here, not {offset}: go on from there")
+                try:
+                    end = write_pieces(partial.fd, offset, pieces, digest)
+                except OSError:
+                    partial.delete()
+                    raise
+            return {"path": place.path, "offset": end}
+
+    def commit(self, path: str, name: str, *, sha256: Optional[str], overwrite: bool,
+               mode: Optional[int] = None, mtime: Optional[float] = None) -> Dict[str, Any]:
+        """Let an upload that is whole take its place; return what describe_done() does.
+
+        May be repeated: what was done is found out. Raises Unprocessable, and deletes what came,
+        when the digest is another.
+        """
+        with self._roots.find(path) as place, _explained(path):
+            done = self._find_done(place, name, sha256)
+            if done is not None:
+                return done
+            with Partial(place, name, make=False) as partial, self._claim(partial) as digest:
+                found = digest.finish(partial.fd, partial.status.st_size)
+                if sha256 not in (None, found):
+                    partial.delete()
+                check_same(sha256, found)
+                status = partial.commit(overwrite=overwrite, mode=mode, mtime=mtime)
+            self._forget(partial, status)
+            return describe_done(place, status, found)
+
+    def drop(self, path: str, name: str) -> None:
+        """Delete what came of an upload."""
+        with self._roots.find(path) as place, _explained(path):
+            with Partial(place, name, make=False) as partial, self._claim(partial):
+                partial.delete()
+
+    def offset(self, path: str, name: str) -> Dict[str, Any]:
+        """Return {"path", "upload", "offset"}. Raises FileMissing for no such upload."""
+        with self._roots.find(path) as place, _explained(path):
+            with Partial(place, name, make=False) as partial:
+                return {"path": place.path, "upload": name, "offset": partial.status.st_size}
+
+    # -- inside
+
+    @staticmethod
+    def _find_done(place: Place, name: str, sha256: Optional[str]) -> Optional[Dict[str, Any]]:
+        """Return the answer of a commit that was done before, but never answered; else None."""
+        part = partial_name(place, name)
+        there, target = place.look(part), place.look()
+        if target is None or there is not None and _identity(there) != _identity(target):
+            return None
+        fd = place.open_file()
+        try:
+            status = os.fstat(fd)
+            found = RunningDigest().finish(fd, status.st_size)
+        finally:
+            os.close(fd)
+        if found != sha256:
+            return None
+        if there is not None:                     # killed between the two steps of move_new()
+            os.unlink(part, dir_fd=place.fd)
+        return describe_done(place, status, found)
+
+    @contextlib.contextmanager
+    def _claim(self, partial: Partial) -> Iterator[RunningDigest]:
+        """Be the only one that changes a partial file; give its digest so far."""
+        key = (partial.name, *_identity(partial.status))
+        with self._changed:
+            if not self._changed.wait_for(lambda: key not in self._claimed, CLAIM_S):
+                raise Unavailable("upload: another request is writing it: try again in a moment",
+                                  headers={"Retry-After": "1"})
+            self._claimed.add(key)
+            digest = self._digests.pop(key, None)
+        if digest is None or digest.position > partial.status.st_size:
+            digest = RunningDigest()
+        try:
+            partial.check_there()                 # it may have been committed meanwhile
+            yield digest
+        finally:
+            with self._changed:
+                self._claimed.discard(key)
+                self._digests[key] = digest
+                while len(self._digests) > MAX_KNOWN_DIGESTS:
+                    self._digests.popitem(last=False)
+                self._changed.notify_all()
+
+    def _forget(self, partial: Partial, status: os.stat_result) -> None:
+        with self._changed:
+            self._digests.pop((partial.name, *_identity(status)), None)
+
+    def _clean(self, place: Place) -> None:
+        """Delete old partial files beside a place, but do not look for them all the time."""
+        folder, now = _identity(os.fstat(place.fd)), time.monotonic()
+        if now - self._cleaned.get(folder, -PARTIAL_S) > 3600:
+            if len(self._cleaned) > MAX_KNOWN_DIGESTS:
+                self._cleaned.clear()
+            self._cleaned[folder] = now
+            delete_old_partials(place)
+
+
+def check_same(wanted: Optional[str], found: str) -> None:
+    """Raise Unprocessable when a file's SHA-256 is not the one that its sender has."""
+    if wanted not in (None, found):
+        raise Unprocessable(f"sha256: what arrived has {found}, not {wanted}: it was changed while "
+                            "it was sent, or damaged; send it again")
+
+
+def describe_done(place: Place, status: os.stat_result, sha256: str) -> Dict[str, Any]:
+    """Return {"path", "size", "mode", "mtime", "type", "sha256", "etag"} of a file."""
+    return {"path": place.path, **describe_file(status), "sha256": sha256,
+            "etag": make_etag(status)}
+
+
+class Files:
+    """What an edge does with the files under its roots. Any thread; blocks."""
+
+    def __init__(self, roots: Roots) -> None:
+        self.roots = roots
+        self.uploads = Uploads(roots)
+        self._lock = threading.Lock()
+        # by what a file is, the oldest first; guarded by _lock
+        self._digests: "collections.OrderedDict[Tuple[int, ...], str]" = collections.OrderedDict()
+
+    # -- to look
+
+    def describe(self, path: str, *, follow: bool = True, digest: bool = False) -> Dict[str, Any]:
+        """Return {"path", "type", "size", "mode", "mtime", "etag"} and, if asked for, "sha256"."""
+        with self.roots.find(path, follow=follow) as place, _explained(path):
+            status = place.require()
+            told = {"path": place.path, **describe_file(status), "etag": make_etag(status)}
+            if digest:
+                fd = place.open_file()
+                try:
+                    status = os.fstat(fd)
+                    told = describe_done(place, status, self._digest(fd, status))
+                finally:
+                    os.close(fd)
+            return told
+
+    def list_dir(self, path: str) -> Dict[str, Any]:
+        """Return {"path", "entries": [{"name", "type", "size", "mode", "mtime"}]}, by name.
+
+        A link is described as what it leads to, if that may be seen. At most MAX_DIR_ENTRIES; then
+        "truncated" is true.
+        """
+        with self.roots.find(path) as place, _explained(path):
+            place.require()
+            fd = place.open_dir()
+            try:
+                names = sorted(name for name in os.listdir(fd) if not _PARTIAL.fullmatch(name))
+                entries = [self._describe_entry(place, fd, name)
+                           for name in names[:MAX_DIR_ENTRIES]]
+            finally:
+                os.close(fd)
+            told = {"path": place.path, "entries": entries}
+            return {**told, "truncated": True} if len(names) > MAX_DIR_ENTRIES else told
+
+    def list_tree(self, path: str) -> Iterator[Dict[str, Any]]:
+        """Yield {"path", "type", ...} of all in a directory, then {"end": true, "entries"}.
+
+        path: relative to the directory. A link has the "target" that it leads to, of the kind
+        describe() returns, if that may be seen.
+        """
+        with self.roots.find(path) as place, _explained(path):
+            place.require()
+            count = 0
+            with contextlib.closing(TreeWalk(place)) as walk:
+                for relative, _, _, status in walk:
+                    count += 1
+                    yield {"path": relative, **self._resolve(place, relative, status)}
+            yield {"end": True, "entries": count}
+
+    def read_tail(self, path: str, *, offset: Optional[int] = None, lines: Optional[int] = None,
+                  limit: int = 4096) -> Dict[str, Any]:
+        """Return {"path", "text", "offset", "next", "size"}: the end of a file, or what follows.
+
+        offset: where to begin, None for the last `limit` bytes, or `lines` lines of them. An offset
+        behind the end begins anew: the file was replaced. next: where to go on. Whole characters.
+        """
+        with self.roots.find(path) as place, _explained(path):
+            fd = place.open_file()
+            try:
+                size = os.fstat(fd).st_size
+                begin = max(0, size - limit) if offset is None else offset if offset <= size else 0
+                data = os.pread(fd, limit, begin)
+            finally:
+                os.close(fd)
+            if offset is None:
+                skipped = _skip_to_tail(data, lines, begin > 0)
+                begin, data = begin + skipped, data[skipped:]
+            decoder = codecs.getincrementaldecoder("utf-8")("replace")
+            text = decoder.decode(data)
+            end = begin + len(data) - len(decoder.getstate()[0])
+            return {"path": place.path, "text": text, "offset": begin, "next": end, "size": size}
+
+    # -- to read
+
+    def open(self, path: str, request: Optional[Request] = None) -> FileResponse:
+        """Return a file as an answer, or the range of it that the request asks for."""
+        with self.roots.find(path) as place, _explained(path):
+            fd = place.open_file()
+            status = os.fstat(fd)
+            response = FileResponse(fd, request, headers={
+                "x-file-mode": f"{stat.S_IMODE(status.st_mode):04o}",
+                "x-file-mtime": repr(status.st_mtime)})
+            known = self._get_digest(status)
+            if known is not None:
+                response.headers["repr-digest"] = encode_digest(bytes.fromhex(known))
+            elif response.status_code == 200:
+                response.content = _HashedPieces(response.content, os.dup(fd), self._keep_digest)
+            return response
+
+    def read(self, path: str) -> Tuple[str, bytes]:
+        """Return (path, content) of a file of at most MAX_JSON_FILE bytes."""
+        with self.roots.find(path) as place, _explained(path):
+            fd = place.open_file()
+            with os.fdopen(fd, "rb") as file:
+                content = file.read(MAX_JSON_FILE + 1)
+            if len(content) > MAX_JSON_FILE:
+                raise ContentTooLarge(f"{place.path!r} has more than {MAX_JSON_FILE} bytes: GET "
+                                      "file?path= streams it")
+            return place.path, content
+
+    def read_batch(self, path: str, names: List[str]) -> Iterator[bytes]:
+        """Yield an entry of a batch for each name in a directory that is a small file.
+
+        For another the entry's type is "large" or, with what is wrong, "error".
+        """
+        for name in names:
+            try:
+                with self.roots.find(f"{path.rstrip('/')}/{name}") as place, _explained(name):
+                    yield self._read_entry(name, place)
+            except EdgeError as error:
+                yield encode_entry({"path": name, "type": "error", "error": error.detail,
+                                    "status": int(error.status)})
+
+    # -- to change
+
+    def write_batch(self, path: str, pieces: Iterable[bytes], *,
+                    overwrite: bool) -> Dict[str, Any]:
+        """Write the entries of a batch under a directory; return {"written", "unchanged"}.
+
+        Each file is whole or not there. One that is there already with the same content counts as
+        unchanged, so that a batch may be sent again. Raises FileExists for another content.
+        """
+        counts = {"written": 0, "unchanged": 0}
+        with self.uploads.slot():
+            for head, content in parse_entries(pieces):
+                name = parse_relative(head["path"])
+                with self.roots.find(f"{path.rstrip('/')}/{name}", parents=True) as place, \
+                        _explained(name):
+                    counts[write_entry(place, head, content, overwrite)] += 1
+        return counts
+
+    def make_dir(self, path: str, *, parents: bool = True) -> Dict[str, Any]:
+        """Make a directory; return {"path", "created"}. With parents it may be there already."""
+        with self.roots.find(path, parents=parents) as place, _explained(path):
+            status = place.look()
+            if status is None:
+                os.mkdir(place.name, dir_fd=place.fd)
+            elif not parents or not stat.S_ISDIR(status.st_mode):
+                raise FileExists(f"{place.path!r} exists already")
+            return {"path": place.path, "created": status is None}
+
+    def rename(self, source: str, target: str, *, overwrite: bool) -> Dict[str, Any]:
+        """Give a file, a link or a directory another name; return {"path"}: the new one.
+
+        Raises FileExists, and Conflict when the two are on different file systems.
+        """
+        with self.roots.find(source, follow=False) as old, \
+                self.roots.find(target, follow=False, parents=True) as new, _explained(source):
+            for place in (old, new):
+                status = place.look()
+                if status is not None:
+                    self.roots.check_movable(status, place.path)
+            old_status = old.require()
+            if overwrite:
+                os.replace(old.name, new.name, src_dir_fd=old.fd, dst_dir_fd=new.fd)
+            else:
+                self._rename_new(old, new, stat.S_ISDIR(old_status.st_mode))
+            return {"path": new.path}
+
+    def delete(self, path: str, *, recursive: bool = False) -> Dict[str, Any]:
+        """Delete a file, a link or a directory; return {"path", "deleted": how many}.
+
+        Raises Conflict for a directory that is not empty, unless it is recursive.
+        """
+        with self.roots.find(path, follow=False) as place, _explained(path):
+            status = place.require()
+            self.roots.check_movable(status, place.path)
+            if not stat.S_ISDIR(status.st_mode):
+                os.unlink(place.name, dir_fd=place.fd)
+                return {"path": place.path, "deleted": 1}
+            count = self._empty(place) if recursive else 0
+            os.rmdir(place.name, dir_fd=place.fd)
+            return {"path": place.path, "deleted": count + 1}
+
+    # -- inside
+
+    def _describe_entry(self, place: Place, fd: int, name: str) -> Dict[str, Any]:
+        try:
+            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        except OSError:                           # it went meanwhile
+            return {"name": name, "type": "unknown", "size": None}
+        told = self._resolve(place, name, status)
+        told.update(told.pop("target", {}))
+        return {"name": name, **told}
+
+    def _resolve(self, place: Place, name: str, status: os.stat_result) -> Dict[str, Any]:
+        told = describe_file(status)
+        if told["type"] == "link":
+            with contextlib.suppress(EdgeError):  # it leads to nothing, or out of the roots
+                target = self.describe(f"{place.path}/{name}")
+                told["target"] = {key: target[key] for key in ("type", "size", "mode", "mtime")}
+        return told
+
+    def _read_entry(self, name: str, place: Place) -> bytes:
+        with os.fdopen(place.open_file(), "rb") as file:
+            status, content = os.fstat(file.fileno()), file.read(SMALL_FILE + 1)
+        if len(content) > SMALL_FILE:
+            return encode_entry({"path": name, "type": "large"})
+        return encode_entry({"path": name, **describe_file(status),
+                             "sha256": hashlib.sha256(content).hexdigest()}, content)
+
+    @staticmethod
+    def _rename_new(old: Place, new: Place, is_dir: bool) -> None:
+        try:
+            if not is_dir:
+                move_new(old, old.name, new)
+                return
+            os.mkdir(new.name, dir_fd=new.fd)     # claims the name: a directory may take its place
+        except FileExistsError:
+            raise FileExists(f"{new.path!r} exists already: ask for overwrite to replace it"
+                             ) from None
+        try:
+            os.rename(old.name, new.name, src_dir_fd=old.fd, dst_dir_fd=new.fd)
+        except OSError:
+            os.rmdir(new.name, dir_fd=new.fd)
+            raise
+
+    @staticmethod
+    def _empty(place: Place) -> int:
+        """Delete all in a directory; return how many. What is a link is deleted, not followed."""
+        count = 0
+        with contextlib.closing(TreeWalk(place, on_leave=lambda parent, name: os.rmdir(
+                name, dir_fd=parent), partials=True)) as walk:
+            for _, parent, name, status in walk:
+                count += 1
+                if not stat.S_ISDIR(status.st_mode):
+                    os.unlink(name, dir_fd=parent)
+        return count
+
+    @staticmethod
+    def _version(status: os.stat_result) -> Tuple[int, ...]:
+        return (*_identity(status), status.st_mtime_ns, status.st_ctime_ns, status.st_size)
+
+    def _get_digest(self, status: os.stat_result) -> Optional[str]:
+        with self._lock:
+            return self._digests.get(self._version(status))
+
+    def _keep_digest(self, status: os.stat_result, digest: str) -> None:
+        with self._lock:
+            self._digests[self._version(status)] = digest
+            while len(self._digests) > MAX_KNOWN_DIGESTS:
+                self._digests.popitem(last=False)
+
+    def _digest(self, fd: int, status: os.stat_result) -> str:
+        known = self._get_digest(status)
+        if known is None:
+            known = RunningDigest().finish(fd, status.st_size)
+            if self._version(os.fstat(fd)) != self._version(status):
+                raise Conflict("the file was changed while it was read: try again")
+            self._keep_digest(status, known)
+        return known
+
+
+class _HashedPieces:
+    """A file's pieces on their way out; at the end its digest is known as well.
+
+    It fails when the file was changed meanwhile, so that nobody takes a mixture for a file.
+    """
+
+    def __init__(self, pieces: Any, fd: int,
+                 keep: Callable[[os.stat_result, str], None]) -> None:
+        self._pieces, self._fd, self._keep = pieces, fd, keep
+        self._status = os.fstat(fd)
+        self._hash = hashlib.sha256()
+
+    def __iter__(self) -> Iterator[bytes]:
+        for piece in self._pieces:
+            self._hash.update(piece)
+            yield piece
+        if make_etag(os.fstat(self._fd)) != make_etag(self._status):
+            raise Conflict("the file was changed while it was read")
+        self._keep(self._status, self._hash.hexdigest())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._pieces.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def parse_relative(value: Any) -> str:
+    """Return a path in a tree. Raises Unprocessable for one that leads out of it."""
+    path = parse_file_path(value)
+    names = path.split("/")
+    if any(name in ("", ".", "..") for name in names):
+        raise Unprocessable(f"path: {path!r} is not a plain path in a tree")
+    return path
+
+
+def write_entry(place: Place, head: Dict[str, Any], content: bytes, overwrite: bool) -> str:
+    """Write one entry of a batch; return "written" or "unchanged"."""
+    mode, mtime = parse_mode(head.get("mode")), parse_mtime(head.get("mtime"))
+    status = place.look()
+    if head.get("type") == "dir":
+        if status is not None and stat.S_ISDIR(status.st_mode):
+            return "unchanged"
+        os.mkdir(place.name, (0o777 if mode is None else mode) | 0o700, dir_fd=place.fd)
+        return "written"
+    if head.get("type") != "file":
+        raise Unprocessable("type: must be 'file' or 'dir'")
+    try:
+        place.check_free(overwrite)
+        with Partial(place) as partial:
+            write_all(partial.fd, 0, content)
+            # not synced: a tree of small files would take a disk's time for each
+            partial.commit(overwrite=overwrite, mode=mode, mtime=mtime, sync=False)
+    except FileExists:                            # perhaps of this batch, sent before a break
+        if not _has_content(place, content):
+            raise
+        return "unchanged"
+    return "written"
+
+
+def _has_content(place: Place, content: bytes) -> bool:
+    with os.fdopen(place.open_file(), "rb") as file:
+        return os.fstat(file.fileno()).st_size == len(content) and file.read() == content
+
+
+def _skip_to_tail(data: bytes, lines: Optional[int], is_cut: bool) -> int:
+    """Return where the last `lines` lines begin, or else the first whole character."""
+    if lines is not None:
+        at = len(data) - data.endswith(b"\n")
+        for _ in range(lines):
+            at = data.rfind(b"\n", 0, at)
+            if at < 0:
+                break
+        if at >= 0:
+            return at + 1
+    at = 0
+    while is_cut and at < min(3, len(data)) and data[at] & 0xC0 == 0x80:
+        at += 1
+    return at
+
+
+class StagingSession(PluginSession):
+    """The JSON forms, with content in base64, as clients of radical.edge 0.2 use them."""
+
+    def __init__(self, sid: str, files: Files) -> None:
+        super().__init__(sid)
+        self._files = files
+
+    async def put_file(self, filename: Any, content_b64: Any,
+                       overwrite: bool = False) -> Dict[str, Any]:
+        """Write a file; return {"path", "size"}. Raises FileExists."""
+        self._check_active()
+        path = _note(parse_file_path(filename, "filename"))
+        done = await asyncio.to_thread(self._put, path, content_b64, overwrite)
+        return {"path": done["path"], "size": done["size"], "sha256": done["sha256"]}
+
+    async def get_file(self, filename: Any) -> Dict[str, Any]:
+        """Return {"path", "size", "content"} of a file of at most MAX_JSON_FILE bytes."""
+        self._check_active()
+        path = parse_file_path(filename, "filename")
+        return await asyncio.to_thread(self._get, path)
+
+    async def list_dir(self, path: Any) -> Dict[str, Any]:
+        """Return what Files.list_dir() does."""
+        self._check_active()
+        return await asyncio.to_thread(self._files.list_dir, parse_file_path(path))
+
+    def _put(self, path: str, content_b64: Any, overwrite: bool) -> Dict[str, Any]:
+        try:
+            content = base64.b64decode(content_b64, validate=True)
+        except (ValueError, TypeError):
+            raise Unprocessable("content: must be the file's bytes in base64") from None
+        return self._files.uploads.put(path, [content], overwrite=overwrite, sha256=None)
+
+    def _get(self, path: str) -> Dict[str, Any]:
+        path, content = self._files.read(path)
+        return {"path": path, "size": len(content), "content": base64.b64encode(content).decode()}
+
+
+# -- the client's side
+
+Progress = Callable[[int, int], None]
+
+
+class _Patience:
+    """Lets a transfer be tried again until nothing has moved for `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.on_progress()
+
+    def on_progress(self) -> None:
+        """Take notice that something moved."""
+        self._end, self._pause = time.monotonic() + self._seconds, 0.1
+
+    def wait(self, error: EdgeError) -> None:
+        """Wait a little, or raise the error when it is for good or has lasted too long."""
+        passing = error.status in (408, 429, 502, 503, 504) or _is_edge_gone(error)
+        if not passing or time.monotonic() > self._end:
+            raise error
+        log_staging.info("%s; trying again", error)
+        time.sleep(self._pause * random.uniform(0.5, 1.5))
+        self._pause = min(2 * self._pause, 2.0)
+
+
+def _is_edge_gone(error: EdgeError) -> bool:
+    return error.status == 404 and error.detail.startswith("no edge named")
+
+
+class _Sender:
+    """One file on its way to an edge."""
+
+    def __init__(self, client: "StagingClient", source: Union[str, Path], target: str,
+                 overwrite: bool, progress: Optional[Progress]) -> None:
+        self._client, self._target, self._overwrite = client, target, overwrite
+        self._progress = progress or (lambda done, total: None)
+        self._source = os.path.realpath(source)
+        self._digest = RunningDigest()
+        self._patience = _Patience(client.patience)
+
+    def run(self) -> Dict[str, Any]:
+        """Send it, over every break; return what the edge says of it."""
+        self._fd = os.open(self._source, os.O_RDONLY | _FILE)
+        try:
+            self._status = os.fstat(self._fd)
+            if not stat.S_ISREG(self._status.st_mode):
+                raise Unprocessable(f"src: {self._source!r} is not a regular file")
+            # the same for the same file, so that a new process goes on where a killed one was
+            text = f"{socket.gethostname()}\0{self._source}\0{_identity(self._status)}\0" \
+                f"{make_etag(self._status)}\0{self._target}"
+            self._name = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+            return self._try_until_done()
+        finally:
+            os.close(self._fd)
+
+    def _try_until_done(self) -> Dict[str, Any]:
+        damaged = 0
+        while True:
+            try:
+                return self._go_on()
+            except Unprocessable as error:
+                damaged += 1
+                if not error.detail.startswith("sha256:") or damaged > 1:
+                    raise
+                log_staging.warning("%s: %s; from the start again", self._source, error.detail)
+            except EdgeError as error:
+                # not as long as was believed: an earlier request had written more
+                if not (error.status == 409 and error.detail.startswith("offset:")):
+                    self._patience.wait(error)
+
+    def _go_on(self) -> Dict[str, Any]:
+        size, told = self._status.st_size, {"path": self._target, "upload": self._name}
+        offset = self._client.ask("upload", {**told, "size": size,
+                                             "overwrite": self._overwrite})["offset"]
+        while offset < size:
+            offset = self._send(offset)
+        sha256 = self._digest.finish(self._fd, size)
+        if make_etag(os.fstat(self._fd)) != make_etag(self._status):
+            raise Conflict(f"{self._source!r} was changed while it was sent")
+        done = self._client.ask("upload/commit", {
+            **told, "sha256": sha256, "overwrite": self._overwrite,
+            "mode": f"{stat.S_IMODE(self._status.st_mode):04o}", "mtime": self._status.st_mtime})
+        if done["sha256"] != sha256:
+            raise BadGateway(f"{self._target!r} is another file than the one that was sent")
+        self._progress(size, size)
+        return done
+
+    def _send(self, offset: int) -> int:
+        end = min(self._status.st_size, offset + self._client.segment)
+        with _Behind() as behind:
+            reply = self._client.send("PUT", "upload", content=self._read(offset, end, behind),
+                                      headers={"Content-Length": str(end - offset)},
+                                      path=self._target, upload=self._name, offset=offset)
+        if reply.status_code == 413 and self._client.shorten():
+            return offset
+        self._patience.on_progress()
+        return self._client.value(reply)["offset"]
+
+    def _read(self, offset: int, end: int, behind: _Behind) -> Iterator[bytes]:
+        while offset < end:
+            piece = os.pread(self._fd, min(COPY_SIZE, end - offset), offset)
+            if not piece:
+                raise Conflict(f"{self._source!r} became shorter while it was sent")
+            behind.run(self._digest.add, self._fd, offset, piece)
+            yield piece
+            offset += len(piece)
+            self._patience.on_progress()
+            self._progress(offset, self._status.st_size)
+
+
+class _Receiver:
+    """One file on its way from an edge into a place here."""
+
+    def __init__(self, client: "StagingClient", source: str, place: Place, overwrite: bool,
+                 progress: Optional[Progress]) -> None:
+        self._client, self._source, self._place = client, source, place
+        self._overwrite, self._progress = overwrite, progress or (lambda done, total: None)
+        self._patience = _Patience(client.patience)
+        self._damaged = 0
+
+    def run(self) -> Dict[str, Any]:
+        """Fetch it, over every break; return what is here then."""
+        self._place.check_free(self._overwrite)
+        delete_old_partials(self._place)
+        while True:
+            try:
+                return self._fetch(self._client.stat(self._source))
+            except PreconditionFailed:
+                log_staging.info("%r was changed: from the start again", self._source)
+                self._patience.wait(Unavailable(f"{self._source!r} is changed all the time"))
+            except EdgeError as error:
+                self._patience.wait(error)
+
+    def _fetch(self, told: Dict[str, Any]) -> Dict[str, Any]:
+        if told["type"] != "file":
+            raise Unprocessable(f"path: {self._source!r} is not a regular file")
+        key = f"{self._client.url}\0{self._source}\0{told['etag']}"
+        with Partial(self._place, key) as partial:
+            size, digest = told["size"], RunningDigest()
+            if partial.status.st_size > size:
+                os.ftruncate(partial.fd, 0)
+            while partial.status.st_size < size:
+                self._receive(partial, digest, told)
+            found = digest.finish(partial.fd, size)
+            if not self._is_right(found, told):
+                partial.delete()
+                raise Unavailable(f"{self._source!r} was damaged on its way")
+            status = partial.commit(overwrite=self._overwrite, mode=parse_mode(told["mode"]),
+                                    mtime=told["mtime"])
+        self._progress(size, size)
+        return describe_done(self._place, status, found)
+
+    def _is_right(self, found: str, told: Dict[str, Any]) -> bool:
+        """Compare the digests of both ends; only once is a difference worth another try."""
+        there = self._client.stat(self._source, digest=True)
+        if there["etag"] != told["etag"]:
+            raise PreconditionFailed(f"{self._source!r} was changed while it was fetched")
+        if there["sha256"] != found:
+            self._damaged += 1
+            if self._damaged > 1:
+                raise EdgeError(f"{self._source!r}: what arrived is damaged, {found} and not "
+                                f"{there['sha256']}")
+        return there["sha256"] == found
+
+    def _receive(self, partial: Partial, digest: RunningDigest, told: Dict[str, Any]) -> None:
+        offset = partial.status.st_size
+        end = min(told["size"], offset + self._client.segment)
+        headers = {"If-Match": told["etag"], "Range": f"bytes={offset}-{end - 1}"}
+        if (offset, end) == (0, told["size"]):    # whole: the edge takes its digest on the way
+            del headers["Range"]
+        try:
+            with self._client.stream("file", headers=headers, path=self._source) as pieces:
+                write_pieces(partial.fd, offset, pieces, digest, self._on_written(told["size"]))
+        except ContentTooLarge:
+            if not self._client.shorten():
+                raise
+        if partial.status.st_size > told["size"]:
+            raise BadGateway(f"{self._source!r}: more came than was asked for")
+
+    def _on_written(self, total: int) -> Callable[[int], None]:
+        def on_written(end: int) -> None:
+            self._patience.on_progress()
+            self._progress(end, total)
+        return on_written
+
+
+class _Jobs:
+    """Runs the parts of a transfer in a few threads, so many at a time. In `with`."""
+
+    THREADS = 4
+
+    def __init__(self) -> None:
+        self._pool = concurrent.futures.ThreadPoolExecutor(self.THREADS, "staging")
+        self._pending: Set["concurrent.futures.Future[Any]"] = set()
+
+    def __enter__(self) -> "_Jobs":
+        return self
+
+    def __exit__(self, kind: Any, *_exc: Any) -> None:
+        try:
+            if kind is None:
+                self._wait(0)
+        finally:
+            for future in self._pending:
+                future.cancel()
+            self._pool.shutdown()
+
+    def run(self, function: Callable[..., Any], *args: Any) -> None:
+        """Run `function(*args)`; raise what an earlier one has raised."""
+        self._wait(2 * self.THREADS)
+        self._pending.add(self._pool.submit(function, *args))
+
+    def _wait(self, allowed: int) -> None:
+        while len(self._pending) > allowed:
+            done, self._pending = concurrent.futures.wait(
+                self._pending, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                future.result()
+
+
+class _Tree:
+    """What is known of a tree on its way. The threads of _Jobs add to it."""
+
+    def __init__(self, progress: Optional[Progress]) -> None:
+        self._lock = threading.Lock()
+        self._progress = progress or (lambda done, total: None)
+        self._files = self._size = self._total = 0               # guarded by _lock
+        self._skipped: List[str] = []             # guarded by _lock
+
+    def skip(self, name: str) -> None:
+        """Leave out what is neither a file nor a directory, nor a link to a file."""
+        with self._lock:
+            self._skipped.append(name)
+
+    def expect(self, size: int) -> None:
+        """Take notice of a file that will come."""
+        with self._lock:
+            self._total += size
+
+    def add(self, files: int, size: int) -> None:
+        """Take notice of files that have arrived."""
+        with self._lock:
+            self._files += files
+            self._size += size
+            self._progress(self._size, self._total)
+
+    def describe(self, path: str) -> Dict[str, Any]:
+        """Return {"path", "files", "size", "skipped"}."""
+        return {"path": path, "files": self._files, "size": self._size, "skipped": self._skipped}
+
+
+class _Batch:
+    """Names that fill up until they are worth a request."""
+
+    def __init__(self, send: Callable[[List[Any]], None]) -> None:
+        self._send, self._items, self._size = send, [], 0        # type: Any, List[Any], int
+
+    def add(self, item: Any, size: int) -> None:
+        """Add something of `size` bytes."""
+        self._items.append(item)
+        self._size += size
+        if len(self._items) >= BATCH_FILES or self._size >= BATCH_SIZE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what there is."""
+        items, self._items, self._size = self._items, [], 0
+        if items:
+            self._send(items)
+
+
+class StagingClient(PluginClient):
+    """A program's access to an edge's files.
+
+    A transfer goes on by itself over lost connections and restarts, until nothing has moved for
+    `patience` seconds. progress(done, total) is called with bytes; of a tree, total grows while it
+    is looked through. Paths on the edge are absolute or relative to the home directory there.
+    Errors are EdgeError; FileExists and FileMissing are the builtin ones of that kind as well.
+    """
+
+    patience = 60.0
+    segment = 1 << 62          # bytes in one request; fewer where wire version 1 takes part
+    SEGMENT_V1 = 16 * 1024 * 1024
+
+    def put(self, src: Union[str, Path], dst: str, overwrite: bool = False, *,
+            progress: Optional[Progress] = None) -> Dict[str, Any]:
+        """Send a file, or a directory with all that is in it; return {"path", "size", ...}.
+
+        Mode and time are kept. Raises FileExists, and the builtin FileNotFoundError.
+        """
+        if os.path.isdir(src):
+            return self.put_tree(src, dst, overwrite, progress=progress)
+        return _Sender(self, src, dst, overwrite, progress).run()
+
+    def get(self, src: str, dst: Union[str, Path], overwrite: bool = False, *,
+            progress: Optional[Progress] = None) -> Dict[str, Any]:
+        """Fetch a file, or a directory with all that is in it; return {"path", "size", ...}."""
+        if self._retry(self.stat, src)["type"] == "dir":
+            return self.get_tree(src, dst, overwrite, progress=progress)
+        with local_place(dst) as place, _explained(place.path):
+            return _Receiver(self, src, place, overwrite, progress).run()
+
+    def put_tree(self, src: Union[str, Path], dst: str, overwrite: bool = False, *,
+                 progress: Optional[Progress] = None) -> Dict[str, Any]:
+        """Send a directory; return {"path", "files", "size", "skipped"}.
+
+        A link to a file is sent as that file; other links and special files are skipped. A file
+        that is there already with the same content is not an error, so that it can be repeated.
+        """
+        tree, top = _Tree(progress), os.path.realpath(src)
+        path = self._retry(self.mkdir, dst)["path"]
+        with local_place(top) as place, _Jobs() as jobs, _explained(top):
+            batch = _Batch(lambda items: jobs.run(self._send_batch, tree, top, path, items,
+                                                  overwrite))
+            with contextlib.closing(TreeWalk(place)) as walk:
+                for name, _, _, status in walk:
+                    self._put_one(tree, batch, jobs, (top, name, status, path, overwrite))
+            batch.flush()
+        return tree.describe(path)
+
+    def get_tree(self, src: str, dst: Union[str, Path], overwrite: bool = False, *,
+                 progress: Optional[Progress] = None) -> Dict[str, Any]:
+        """Fetch a directory; return {"path", "files", "size", "skipped"}. See put_tree()."""
+        tree, top = _Tree(progress), os.path.realpath(os.path.expanduser(os.fspath(dst)))
+        os.makedirs(top, exist_ok=True)
+        files = Files(Roots([top]))               # whatever the edge says, nothing gets out of it
+        source = self._retry(self.stat, src)["path"]
+        with _Jobs() as jobs:
+            batch = _Batch(lambda items: jobs.run(self._fetch_batch, tree, files, source, top,
+                                                  items, overwrite))
+            for entry in self._retry(self._list_tree, source):
+                name, told = parse_relative(entry["path"]), entry.get("target", entry)
+                if told["type"] == "file" and told["size"] > SMALL_FILE:
+                    tree.expect(told["size"])
+                    jobs.run(self._fetch_one, tree, files, source, top, name, overwrite)
+                elif told["type"] == "file":
+                    tree.expect(told["size"])
+                    batch.add(name, told["size"])
+                elif entry["type"] == "dir":
+                    files.make_dir(f"{top}/{name}")
+                else:
+                    tree.skip(name)
+            batch.flush()
+        return tree.describe(top)
+
+    def list(self, path: str) -> Dict[str, Any]:
+        """Return {"path", "entries": [{"name", "type", "size", "mode", "mtime"}]}."""
+        return self.value(self.send("GET", "list", path=path))
+
+    def stat(self, path: str, *, follow: bool = True, digest: bool = False) -> Dict[str, Any]:
+        """Return {"path", "type", "size", "mode", "mtime", "etag"}, and "sha256" with `digest`."""
+        return self.value(self.send("GET", "stat", path=path, follow=follow, digest=digest))
+
+    def mkdir(self, path: str, *, parents: bool = True) -> Dict[str, Any]:
+        """Make a directory; return {"path", "created"}."""
+        return self.ask("mkdir", {"path": path, "parents": parents})
+
+    def rename(self, src: str, dst: str, overwrite: bool = False) -> Dict[str, Any]:
+        """Rename what is on the edge; return {"path"}. Raises FileExists."""
+        return self.ask("rename", {"src": src, "dst": dst, "overwrite": overwrite})
+
+    def delete(self, path: str, *, recursive: bool = False) -> Dict[str, Any]:
+        """Delete a file or a directory; return {"path", "deleted"}."""
+        return self.ask("delete", {"path": path, "recursive": recursive})
+
+    def tail(self, path: str, *, lines: Optional[int] = None, bytes: Optional[int] = None,
+             offset: Optional[int] = None, wait: float = 0) -> Dict[str, Any]:
+        """Return {"path", "text", "offset", "next", "size"}: a file's end, or what follows offset.
+
+        wait: seconds to wait for something behind the offset.
+        """
+        given = {"lines": lines, "bytes": bytes, "offset": offset, "wait": int(wait) or None}
+        return self.value(self.send("GET", "tail", path=path, **{
+            name: value for name, value in given.items() if value is not None}))
+
+    def follow(self, path: str, *, lines: int = 10) -> Iterator[str]:
+        """Yield the last lines of a file, and then, for ever, what is appended to it."""
+        told = self.tail(path, lines=lines)
+        while True:
+            if told["text"]:
+                yield told["text"]
+            told = self._retry(self.tail, path, offset=told["next"], wait=20,
+                               bytes=MAX_TAIL_READ)
+
+    # -- for the parts of a transfer
+
+    @property
+    def url(self) -> str:
+        """The plugin's path on the bridge."""
+        return self._base_url
+
+    def ask(self, route: str, body: Dict[str, Any]) -> Any:
+        """Return what a POST route answers to a JSON object."""
+        # in ASCII: names that are not UTF-8 have no other form in JSON
+        return self.value(self._http.post(self._url(route), content=json.dumps(body).encode(),
+                                          headers={"Content-Type": "application/json"}))
+
+    def send(self, method: str, route: str, *, content: Any = None,
+             headers: Optional[Dict[str, str]] = None, path: str, **query: Any) -> HttpResponse:
+        """Send a request about a path; return its reply, whatever the status."""
+        return self._http.request(method, self._url(route), content=content, headers=headers,
+                                  params=_encode_query(path, query))
+
+    @contextlib.contextmanager
+    def stream(self, route: str, *, method: str = "GET", headers: Optional[Dict[str, str]] = None,
+               content: Any = None, path: str) -> Iterator[Iterator[bytes]]:
+        """Give the pieces of an answer. Raises EdgeError, Unavailable when it breaks off."""
+        with self._http.stream(method, self._url(route), headers=headers, content=content,
+                               params=_encode_query(path, {})) as reply:
+            yield _read_reply(reply)
+
+    def shorten(self) -> bool:
+        """Send and fetch in short segments from now on; False when they are short already."""
+        was, self.segment = self.segment, self.SEGMENT_V1
+        return was != self.SEGMENT_V1
+
+    @staticmethod
+    def value(reply: HttpResponse) -> Any:
+        """Return a reply's JSON value. Raises EdgeError, FileExists, FileMissing."""
+        try:
+            return reply.raise_for_status().json()
+        except EdgeError as error:
+            raise _sharpen(error) from None
+
+    # -- inside
+
+    def _retry(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        patience = _Patience(self.patience)
+        while True:
+            try:
+                return function(*args, **kwargs)
+            except EdgeError as error:
+                patience.wait(error)
+
+    def _put_one(self, tree: _Tree, batch: _Batch, jobs: _Jobs,
+                 part: Tuple[str, str, os.stat_result, str, bool]) -> None:
+        top, name, status, path, overwrite = part
+        if stat.S_ISLNK(status.st_mode):
+            with contextlib.suppress(OSError):    # it leads nowhere
+                target = os.stat(f"{top}/{name}")
+                status = target if stat.S_ISREG(target.st_mode) else status
+        if stat.S_ISDIR(status.st_mode):
+            batch.add((name, None), 0)
+        elif not stat.S_ISREG(status.st_mode):
+            tree.skip(name)
+        elif status.st_size > SMALL_FILE:
+            tree.expect(status.st_size)
+            jobs.run(self._send_one, tree, f"{top}/{name}", f"{path}/{name}", overwrite)
+        else:
+            tree.expect(status.st_size)
+            batch.add((name, status), status.st_size)
+
+    def _send_one(self, tree: _Tree, source: str, target: str, overwrite: bool) -> None:
+        try:
+            size = _Sender(self, source, target, overwrite, None).run()["size"]
+        except FileExists:
+            there = self._retry(self.stat, target, digest=True)
+            with open(source, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if there.get("sha256") != RunningDigest().finish(file.fileno(), size):
+                    raise
+        tree.add(1, size)
+
+    def _send_batch(self, tree: _Tree, top: str, path: str, items: List[Any],
+                    overwrite: bool) -> None:
+        entries, size = [], 0
+        for name, status in items:
+            content = b"" if status is None else _read_small(f"{top}/{name}")
+            head = {"path": name, "type": "dir"} if status is None else {
+                "path": name, **describe_file(status),
+                "sha256": hashlib.sha256(content).hexdigest()}
+            entries.append(encode_entry(head, content))
+            size += len(content)
+        params = _encode_query(path, {"overwrite": overwrite})
+        self._retry(lambda: self.value(self._http.post(
+            self._url("files/write"), content=b"".join(entries), params=params)))
+        tree.add(sum(status is not None for _, status in items), size)
+
+    def _list_tree(self, path: str) -> List[Dict[str, Any]]:
+        with self.stream("tree", path=path) as pieces:
+            lines = b"".join(pieces).splitlines()
+        entries = [json.loads(line) for line in lines]
+        if not entries or not entries.pop().get("end"):
+            raise Unavailable("the list of the tree was cut short")
+        return entries
+
+    def _fetch_one(self, tree: _Tree, files: Files, source: str, top: str, name: str,
+                   overwrite: bool) -> None:
+        with files.roots.find(f"{top}/{name}", parents=True) as place, _explained(place.path):
+            if not self._is_here(place, f"{source}/{name}", overwrite):
+                _Receiver(self, f"{source}/{name}", place, overwrite, None).run()
+            tree.add(1, place.require().st_size)
+
+    def _is_here(self, place: Place, source: str, overwrite: bool) -> bool:
+        """Whether the very file is here already, from an earlier attempt."""
+        if overwrite or place.look() is None:
+            return False
+        fd = place.open_file()
+        try:
+            found = RunningDigest().finish(fd, os.fstat(fd).st_size)
+        finally:
+            os.close(fd)
+        return self._retry(self.stat, source, digest=True)["sha256"] == found
+
+    def _fetch_batch(self, tree: _Tree, files: Files, source: str, top: str, names: List[str],
+                     overwrite: bool) -> None:
+        self._retry(self._fetch_batch_once, tree, files, source, top, names, overwrite)
+        for name in names:                        # it has grown meanwhile
+            self._fetch_one(tree, files, source, top, name, overwrite)
+
+    def _fetch_batch_once(self, tree: _Tree, files: Files, source: str, top: str,
+                          names: List[str], overwrite: bool) -> None:
+        """Fetch files; take those that came off `names`, so that the rest may be tried again."""
+        body = json.dumps({"path": source, "names": names}).encode()
+        with self.stream("files/read", method="POST", path=source, content=body,
+                         headers={"Content-Length": str(len(body))}) as pieces:
+            for head, content in parse_entries(pieces):
+                if head.get("type") == "error":
+                    raise _sharpen(EdgeError(str(head.get("error")), head.get("status")))
+                if head["path"] not in names:
+                    raise BadGateway(f"{head['path']!r} was not asked for")
+                if head.get("type") == "file":
+                    self._keep(files, top, head, content, overwrite)
+                    names.remove(head["path"])
+                    tree.add(1, len(content))
+
+    @staticmethod
+    def _keep(files: Files, top: str, head: Dict[str, Any], content: bytes,
+              overwrite: bool) -> None:
+        path = f"{top}/{parse_relative(head['path'])}"
+        with files.roots.find(path, parents=True) as place, _explained(path):
+            write_entry(place, head, content, overwrite)
+
+
+def _encode_query(path: str, query: Dict[str, Any]) -> Dict[str, Any]:
+    return {"path": os.fsencode(path), **query}
+
+
+def _read_small(path: str) -> bytes:
+    with open(path, "rb") as file:
+        content = file.read(SMALL_FILE + 1)
+    if len(content) > SMALL_FILE:
+        raise Conflict(f"{path!r} was changed while it was sent")
+    return content
+
+
+def _read_reply(reply: Any) -> Iterator[bytes]:
+    """Yield a reply's body. Raises Unavailable when it breaks off."""
+    expected, got = reply.headers.get("Content-Length"), 0
+    while True:
+        try:
+            piece = reply.read(COPY_SIZE)
+        except (OSError, http.client.HTTPException) as error:
+            raise Unavailable(f"the connection was lost: {error}") from None
+        if not piece:
+            break
+        got += len(piece)
+        yield piece
+    if expected is not None and got < int(expected):
+        raise Unavailable("the connection was lost")
+
+
+def _sharpen(error: EdgeError) -> EdgeError:
+    """Return the error, as the builtin of its kind as well where there is one."""
+    if error.status == 409 and "exists already" in error.detail:
+        cls: Type[EdgeError] = FileExists
+    elif error.status == 404 and not _is_edge_gone(error):
+        cls = FileMissing
+    else:
+        return error
+    return cls(error.detail, request_id=error.request_id)
+
+
+class PluginStaging(Plugin):
+    """Moves files to and from the edge's machine, under the roots that it allows.
+
+    A session is needed for the JSON forms alone: what the others do is known by path and by the
+    name of the upload, so that it goes on over every restart.
+    """
+
+    plugin_name = "staging"
+    session_class = StagingSession
+    client_class = StagingClient
+    version = "0.0.1"
+    ui_config = {"icon": "📁", "title": "File Staging",
+                 "description": "Transfer files between this machine and the edge's."}
+
+    def __init__(self, app: Any, instance_name: Optional[str] = None) -> None:
+        super().__init__(app, instance_name)
+        roots = app.state.options.get("staging_roots") or ["~", tempfile.gettempdir()]
+        self._files = Files(Roots(roots, [str(home_dir()), str(app.state.state_dir)]))
+        self.add_route_post("put/{sid}", self.put_endpoint)
+        self.add_route_post("get/{sid}", self.get_endpoint)
+        self.add_route_post("list/{sid}", self.list_endpoint)
+
+    def _create_session(self, sid: str) -> PluginSession:
+        return StagingSession(sid, self._files)
+
+    # -- JSON forms
+
+    async def put_endpoint(self, request: Request) -> Any:
+        """Write {"filename", "content" in base64, "overwrite"}; answer {"path", "size"}."""
+        body = await request.json_object()
+        return _reply(await self._forward(
+            request.path_params["sid"], StagingSession.put_file, _named(body), body.get("content"),
+            parse_flag(body.get("overwrite", False), "overwrite")))
+
+    async def get_endpoint(self, request: Request) -> Any:
+        """Answer {"path", "size", "content" in base64} of the file {"filename"}."""
+        body = await request.json_object()
+        return _reply(await self._forward(request.path_params["sid"], StagingSession.get_file,
+                                          _named(body)))
+
+    async def list_endpoint(self, request: Request) -> Any:
+        """Answer {"path", "entries"} of the directory {"path"}."""
+        body = await request.json_object()
+        return _reply(await self._forward(request.path_params["sid"], StagingSession.list_dir,
+                                          _named(body)))
+
+    # -- whole files
+
+    @get("file")
+    def get_file(self, request: Request) -> Any:
+        """Answer the file ?path, or a range of it; If-Match for this version alone."""
+        check_may_read(request)
+        return self._files.open(_parse_query(request)["path"], request)
+
+    @put("file")
+    def put_file(self, request: Request) -> Any:
+        """Make the body the file ?path (&overwrite, mode, mtime), checked by Repr-Digest."""
+        query = _parse_query(request)
+        if "content-range" in request.headers:
+            raise BadRequest("Content-Range: a file is put whole here: begin an upload to go on")
+        fields = request.headers
+        done = self._files.uploads.put(
+            query["path"], request.iter_body(), overwrite=query["overwrite"], mode=query["mode"],
+            mtime=query["mtime"], sha256=parse_digest(
+                fields.get("repr-digest") or fields.get("content-digest", "")))
+        return _reply(done, 201, {"etag": done["etag"],
+                                  "repr-digest": encode_digest(bytes.fromhex(done["sha256"]))})
+
+    @delete("file")
+    def delete_file(self, request: Request) -> Any:
+        """Delete ?path; a directory that is not empty with &recursive."""
+        query = _parse_query(request)
+        return _reply(self._files.delete(query["path"], recursive=query["recursive"]))
+
+    # -- uploads that go on after a break
+
+    @repeatable
+    @post("upload")
+    def begin_upload(self, request: Request) -> Any:
+        """Begin or resume {"path", "upload", "size", "overwrite"}; answer {"offset"}."""
+        body = _parse_path_body(request)
+        size = body.get("size", 0)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            raise Unprocessable("size: must be the file's number of bytes")
+        return _reply(self._files.uploads.begin(body["path"], parse_upload_name(body.get("upload")),
+                                                size, overwrite=body["overwrite"]))
+
+    @get("upload")
+    def get_upload(self, request: Request) -> Any:
+        """Answer {"offset"}: how far the upload ?path&upload is."""
+        query = _parse_query(request)
+        return _reply(self._files.uploads.offset(query["path"],
+                                                 parse_upload_name(query.get("upload"))))
+
+    @put("upload")
+    def write_upload(self, request: Request) -> Any:
+        """Append the body to the upload ?path&upload, &offset bytes long; answer {"offset"}."""
+        query = _parse_query(request)
+        return _reply(self._files.uploads.write(
+            query["path"], parse_upload_name(query.get("upload")), _parse_count(query, "offset", 0),
+            request.iter_body()))
+
+    @delete("upload")
+    def drop_upload(self, request: Request) -> Any:
+        """Give up the upload ?path&upload."""
+        query = _parse_query(request)
+        self._files.uploads.drop(query["path"], parse_upload_name(query.get("upload")))
+        return _reply({"path": query["path"]})
+
+    @repeatable
+    @post("upload/commit")
+    def commit_upload(self, request: Request) -> Any:
+        """Let {"path", "upload", "sha256", "overwrite", "mode", "mtime"} take its place."""
+        body = _parse_path_body(request)
+        return _reply(self._files.uploads.commit(
+            body["path"], parse_upload_name(body.get("upload")), overwrite=body["overwrite"],
+            sha256=parse_sha256(body.get("sha256")), mode=parse_mode(body.get("mode")),
+            mtime=parse_mtime(body.get("mtime"))))
+
+    # -- trees
+
+    @get("tree")
+    def get_tree(self, request: Request) -> Any:
+        """Answer what is in the directory ?path, at all levels: a JSON object a line."""
+        entries = self._files.list_tree(_parse_query(request)["path"])
+        first = next(entries)                     # what is wrong with the path shows now
+        lines = (json.dumps(entry).encode() + b"\n" for entry in itertools.chain([first], entries))
+        return StreamingResponse(lines, media_type="application/x-ndjson")
+
+    @post("files/read")
+    def read_files(self, request: Request) -> Any:
+        """Answer small files of {"path", "names"} in a row; see encode_entry()."""
+        body = _parse_path_body(request)
+        names = body.get("names")
+        if not isinstance(names, list) or len(names) > BATCH_FILES:
+            raise Unprocessable(f"names: must be a list of at most {BATCH_FILES} paths")
+        names = [parse_relative(name) for name in names]
+        return StreamingResponse(self._files.read_batch(body["path"], names))
+
+    @repeatable
+    @post("files/write")
+    def write_files(self, request: Request) -> Any:
+        """Write small files in a row, see encode_entry(), under ?path (&overwrite)."""
+        query = _parse_query(request)
+        return _reply(self._files.write_batch(query["path"], request.iter_body(),
+                                              overwrite=query["overwrite"]))
+
+    # -- names
+
+    @get("stat")
+    def get_stat(self, request: Request) -> Any:
+        """Answer what is at ?path (&follow=false for a link itself, &digest=true for SHA-256)."""
+        query = _parse_query(request)
+        if query["digest"]:
+            check_may_read(request)
+        return _reply(self._files.describe(query["path"], follow=query["follow"],
+                                           digest=query["digest"]))
+
+    @get("list")
+    def get_list(self, request: Request) -> Any:
+        """Answer {"path", "entries"} of the directory ?path."""
+        return _reply(self._files.list_dir(_parse_query(request)["path"]))
+
+    @get("tail")
+    async def get_tail(self, request: Request) -> Any:
+        """Answer the end of the file ?path: the last &bytes or &lines, or what follows &offset.
+
+        With &wait seconds the answer waits for something behind the offset.
+        """
+        check_may_read(request)
+        query = _parse_query(request)
+        wait, lines = _parse_count(query, "wait", 0), _parse_count(query, "lines", None)
+        limit = _parse_count(query, "bytes", MAX_TAIL_READ if lines else 4096)
+        read = functools.partial(self._files.read_tail, query["path"], lines=lines,
+                                 limit=min(limit, MAX_TAIL_READ),
+                                 offset=_parse_count(query, "offset", None))
+        end = time.monotonic() + min(wait, MAX_TAIL_WAIT)
+        while True:
+            told = await asyncio.to_thread(read)
+            if told["text"] or time.monotonic() >= end:
+                return _reply(told)
+            await asyncio.sleep(TAIL_POLL_S)
+
+    @post("mkdir")
+    def make_dir(self, request: Request) -> Any:
+        """Make the directory {"path", "parents": true}; answer {"path", "created"}."""
+        body = _parse_path_body(request)
+        return _reply(self._files.make_dir(body["path"], parents=parse_flag(
+            body.get("parents", True), "parents")))
+
+    @post("rename")
+    def rename(self, request: Request) -> Any:
+        """Rename {"src"} to {"dst"}, over what is there with {"overwrite"}; answer {"path"}."""
+        body = request.parse_json()
+        if not isinstance(body, dict):
+            raise Unprocessable("body: must be a JSON object, {...}")
+        return _reply(self._files.rename(
+            _note(parse_file_path(body.get("src"), "src"), "src"),
+            _note(parse_file_path(body.get("dst"), "dst"), "dst"),
+            overwrite=parse_flag(body.get("overwrite", False), "overwrite")))
+
+    @post("delete")
+    def delete_path(self, request: Request) -> Any:
+        """Delete {"path"}; a directory that is not empty with {"recursive"}."""
+        body = _parse_path_body(request)
+        return _reply(self._files.delete(body["path"], recursive=parse_flag(
+            body.get("recursive", False), "recursive")))
+
+
+def check_may_read(request: Request) -> None:
+    """Raise Forbidden for a token that may only look: names and sizes, but no contents."""
+    if request.scope == "read":
+        raise Forbidden("a token of scope 'read' may list files, not read them: use a client's")
+
+
+def _reply(value: Any, status: int = 200, headers: Optional[Dict[str, str]] = None) -> Response:
+    # in ASCII: names that are not UTF-8 have no other form in JSON
+    return Response(json.dumps(value).encode(), status, headers, "application/json")
+
+
+def _note(path: str, name: str = "path") -> str:
+    """Let the audit log say which path it was; return it."""
+    note_for_audit(**{name: path.encode(errors="backslashreplace").decode()})
+    return path
+
+
+def _named(body: Dict[str, Any]) -> Any:
+    return next((body[name] for name in ("filename", "path") if name in body), None)
+
+
+def _parse_query(request: Request) -> Dict[str, Any]:
+    """Return the query, its path in bytes that need not be UTF-8, and what is not there."""
+    pairs = urllib.parse.parse_qsl(request.query, keep_blank_values=True, max_num_fields=100,
+                                   errors="surrogateescape")
+    query: Dict[str, Any] = dict(pairs)
+    query["path"] = _note(parse_file_path(query.get("path")))
+    for name, default in (("overwrite", False), ("recursive", False), ("digest", False),
+                          ("follow", True)):
+        query[name] = parse_flag(query.get(name, default), name)
+    query["mode"], query["mtime"] = parse_mode(query.get("mode")), parse_mtime(query.get("mtime"))
+    return query
+
+
+def _parse_count(query: Dict[str, Any], name: str, default: Optional[int]) -> Any:
+    text = query.get(name)
+    if text is not None and not re.fullmatch(r"[0-9]{1,18}", text):
+        raise Unprocessable(f"{name}: {text[:40]!r} is not a whole number of 0 or more")
+    return default if text is None else int(text)
+
+
+def _parse_path_body(request: Request) -> Dict[str, Any]:
+    body = request.parse_json()
+    if not isinstance(body, dict):
+        raise Unprocessable("body: must be a JSON object, {...}")
+    return {**body, "path": _note(parse_file_path(body.get("path"))),
+            "overwrite": parse_flag(body.get("overwrite", False), "overwrite")}
 
 
 # ---------------------------------------------------------------------------

@@ -94,12 +94,12 @@ __version__ = "0.1.0"
 __all__ = [
     "BadGateway", "BadRequest", "Bridge", "BridgeClient", "ClientManagedPlugin", "Conflict",
     "ContentTooLarge", "DeadlineExceeded", "Edge", "EdgeClient", "EdgeError", "EdgeOffline",
-    "FileResponse", "Forbidden", "Gone", "HTTPException", "JSONResponse", "LengthRequired",
-    "MethodNotAllowed", "NotFound", "NotInstalled", "Plugin", "PluginClient", "PluginHost",
-    "PluginSession", "ProtocolError", "Request", "Response", "StreamingResponse", "TokenStore",
-    "TooManyRequests", "Tunnel", "Unauthorized", "Unavailable", "Unprocessable", "Uplink", "call",
-    "delete", "events", "get", "list_edges", "list_plugins", "main", "note_for_audit", "plugin",
-    "post", "put", "repeatable", "write_private",
+    "FileResponse", "Forbidden", "Gone", "HTTPException", "InsufficientStorage", "JSONResponse",
+    "LengthRequired", "MethodNotAllowed", "NotFound", "NotInstalled", "Plugin", "PluginClient",
+    "PluginHost", "PluginSession", "PreconditionFailed", "ProtocolError", "Request", "Response",
+    "StreamingResponse", "TokenStore", "TooManyRequests", "Tunnel", "Unauthorized", "Unavailable",
+    "Unprocessable", "Uplink", "call", "delete", "events", "get", "list_edges", "list_plugins",
+    "main", "note_for_audit", "plugin", "post", "put", "repeatable", "write_private",
 ]
 
 log = logging.getLogger("radical_edge")
@@ -302,6 +302,11 @@ class LengthRequired(EdgeError):
     status = HTTPStatus.LENGTH_REQUIRED
 
 
+class PreconditionFailed(EdgeError):
+    """What the request is about is not what the client thinks it is (If-Match)."""
+    status = HTTPStatus.PRECONDITION_FAILED
+
+
 class ContentTooLarge(EdgeError):
     """The body is larger than this route or this wire takes."""
     status, limit = HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body"
@@ -344,6 +349,11 @@ class Unavailable(EdgeError):
 
 class EdgeOffline(Unavailable):
     """The edge is known, but its link is down."""
+
+
+class InsufficientStorage(EdgeError):
+    """A disk or a quota is full; nothing is left half-written."""
+    status = HTTPStatus.INSUFFICIENT_STORAGE
 
 
 class DeadlineExceeded(EdgeError):
@@ -3811,32 +3821,48 @@ class StreamingResponse(Response):
 class FileResponse(StreamingResponse):
     """A file, or the range of it that the request asks for (RFC 9110, section 14).
 
+    path: of the file, or a descriptor that has it open, which is closed at the end.
+
     Answers 206 for a range, 304 when the client has this very version (If-None-Match), and 416 for
     a range outside of the file. Make it in a plain `def` handler, for it opens the file.
-    Raises NotFound, Forbidden, or Unprocessable for what is not a regular file.
+    Raises NotFound, Forbidden, Unprocessable for what is not a regular file, and PreconditionFailed
+    when the client means another version (If-Match).
     """
 
-    def __init__(self, path: Union[str, Path], request: Optional[Request] = None, *,
+    def __init__(self, path: Union[str, Path, int], request: Optional[Request] = None, *,
                  media_type: str = "application/octet-stream",
                  headers: Optional[Dict[str, str]] = None) -> None:
         file = self._open(path)
-        status = os.fstat(file.fileno())
-        etag = f'"{status.st_mtime_ns:x}-{status.st_size:x}"'
-        super().__init__((), 200, headers, media_type)
-        self.headers.update({"etag": etag, "accept-ranges": "bytes",
-                             "last-modified": _http_date(int(status.st_mtime))})
-        wanted = request.headers if request is not None else Headers()
-        begin, end = 0, status.st_size
-        if etag in wanted.get("if-none-match", ""):
-            self.status_code, end = int(HTTPStatus.NOT_MODIFIED), 0
-        elif "range" in wanted and wanted.get("if-range", etag) == etag:
-            begin, end = self._take_range(wanted["range"], status.st_size)
-        if self.status_code != HTTPStatus.NOT_MODIFIED:
-            self.headers["content-length"] = str(end - begin)
+        try:
+            super().__init__((), 200, headers, media_type)
+            begin, end = self._choose(os.fstat(file.fileno()),
+                                      request.headers if request is not None else Headers())
+        except BaseException:
+            file.close()
+            raise
         self.content = _FilePieces(file, begin, end)
 
+    def _choose(self, status: os.stat_result, wanted: Headers) -> Tuple[int, int]:
+        """Set the status and the fields; return which bytes to send, (begin, end)."""
+        etag = make_etag(status)
+        self.headers.update({"etag": etag, "accept-ranges": "bytes",
+                             "last-modified": _http_date(int(status.st_mtime))})
+        if wanted.get("if-match", "*") != "*" and etag not in wanted["if-match"]:
+            raise PreconditionFailed("the file is not the one that If-Match names: it was changed",
+                                     headers={"ETag": etag})
+        begin, end = 0, status.st_size
+        if etag in wanted.get("if-none-match", ""):
+            self.status_code = int(HTTPStatus.NOT_MODIFIED)
+            return 0, 0
+        if "range" in wanted and wanted.get("if-range", etag) == etag:
+            begin, end = self._take_range(wanted["range"], status.st_size)
+        self.headers["content-length"] = str(end - begin)
+        return begin, end
+
     @staticmethod
-    def _open(path: Union[str, Path]) -> Any:
+    def _open(path: Union[str, Path, int]) -> Any:
+        if isinstance(path, int):
+            return os.fdopen(path, "rb", buffering=0)
         try:
             # a FIFO would block the open for ever
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -3863,6 +3889,11 @@ class FileResponse(StreamingResponse):
         self.status_code = int(HTTPStatus.PARTIAL_CONTENT)
         self.headers["content-range"] = f"bytes {begin}-{end - 1}/{size}"
         return begin, end
+
+
+def make_etag(status: os.stat_result) -> str:
+    """Return the entity tag of a file's version (RFC 9110, section 8.8.3)."""
+    return f'"{status.st_mtime_ns:x}-{status.st_size:x}"'
 
 
 class _FilePieces:
@@ -6445,7 +6476,7 @@ bridge_log = logging.getLogger("radical_edge.bridge")
 # fields of an edge's answer that reach the client, beside those that begin with x-
 _EDGE_FIELDS = frozenset(("content-type", "content-disposition", "content-encoding",
                           "content-language", "content-range", "accept-ranges", "etag",
-                          "last-modified", "retry-after", "allow"))
+                          "last-modified", "retry-after", "allow", "repr-digest"))
 _OUR_FIELDS = frozenset(("x-request-id", "x-content-type-options", "x-frame-options"))
 _LIMIT_STATUSES = frozenset((408, 413, 414, 429, 431, 503))
 # what an edge answers is not ours: no script in it may run with this origin's cookie
@@ -8771,8 +8802,9 @@ RETRY_S = 15.0                 # a dropped connection is tried again so long
 _ERROR_BY_STATUS: Dict[int, Type[EdgeError]] = {
     int(cls.status): cls for cls in (
         BadRequest, Unauthorized, Forbidden, NotFound, MethodNotAllowed, Conflict, Gone,
-        LengthRequired, ContentTooLarge, TargetTooLong, Unprocessable, TooManyRequests,
-        HeadTooLarge, NotInstalled, BadGateway, EdgeOffline, DeadlineExceeded)}
+        LengthRequired, PreconditionFailed, ContentTooLarge, TargetTooLong, Unprocessable,
+        TooManyRequests,
+        HeadTooLarge, NotInstalled, BadGateway, EdgeOffline, DeadlineExceeded, InsufficientStorage)}
 
 
 def make_error(status: int, headers: Any, body: bytes) -> EdgeError:
@@ -9520,6 +9552,7 @@ Run:       --bridge  --edge        the meeting point; plugins on this machine; o
   --plugin-file FILE               load plugins from a file (may be repeated)
   --allow-pickle                   let clients send functions as pickles, which is remote code
   --task-limit N                   tasks that run at a time              [the number of CPUs]
+  --staging-root DIR               where files may be moved (may be repeated) [home, temporary]
   --host HOST  --port PORT         where a bridge listens                [127.0.0.1:{DEFAULT_PORT}]
   --allow-host NAME                another name of the bridge, for browsers (may be repeated)
   --tunnel none|reverse|forward|relay   of an edge that an edge started: how to reach the bridge
@@ -9532,6 +9565,8 @@ Run:       --bridge  --edge        the meeting point; plugins on this machine; o
 Ask:       --list                  edges and plugins
   --call EDGE/PLUGIN/ROUTE [JSON]  POST with JSON, else GET; {{sid}} in ROUTE opens a session
   --events [EDGE/PLUGIN/TOPIC]     print events, one JSON object a line
+  --put LOCAL EDGE:PATH            send a file or directory; the same again goes on after a break
+  --get EDGE:PATH LOCAL            fetch one           [--overwrite: replace what is there]
   --check                          say, line by line, what works, and what to do about the rest
 Tokens:    --token add NAME [--scope admin|client|read|edge] [--expires 30d] [--edges PATTERN]
            --token list | --token revoke NAME       [RADICAL_BRIDGE_TOKEN, or its file's name in
@@ -9554,7 +9589,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; _HELP must name each of its options."""
     parser = _Parser(prog="radical_edge", allow_abbrev=False)
     for flag in ("--bridge", "--edge", "--list", "--check", "--insecure", "--no-auth",
-                 "--allow-pickle"):
+                 "--allow-pickle", "--overwrite"):
         parser.add_argument(flag, action="store_true")
     for flag in ("--url", "--cert", "--key", "--state", "--host", "--scope", "--expires",
                  "--edges", "--log-level", "--tunnel-via", "--client-key"):
@@ -9565,7 +9600,7 @@ def make_parser() -> argparse.ArgumentParser:
                         choices=TUNNEL_MODES)
     parser.add_argument("--port", type=int, default=DEFAULT_PORT)
     parser.add_argument("-p", "--plugins")
-    for flag in ("--plugin-file", "--allow-host", "--limit"):
+    for flag in ("--plugin-file", "--allow-host", "--limit", "--staging-root"):
         parser.add_argument(flag, action="append", default=[])
     parser.add_argument("--log", choices=("text", "json"), default="text")
     parser.add_argument("--task-limit", type=int)
@@ -9574,6 +9609,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--grace", type=float, default=GRACE_S)
     parser.add_argument("--call", nargs="+", metavar=("EDGE/PLUGIN/ROUTE", "JSON"))
     parser.add_argument("--events", nargs="?", const="", metavar="EDGE/PLUGIN/TOPIC")
+    parser.add_argument("--put", nargs=2, metavar=("LOCAL", "EDGE:PATH"))
+    parser.add_argument("--get", nargs=2, metavar=("EDGE:PATH", "LOCAL"))
     parser.add_argument("--token", nargs="+", metavar=("add|list|revoke|keygen", "NAME"))
     parser.add_argument("--version", action="version", version=__version__)
     return parser
@@ -9617,6 +9654,10 @@ def _run(options: argparse.Namespace) -> int:
         return _run_call(options)
     if options.events is not None:
         return _run_events(options)
+    if options.put:
+        return _run_put(options)
+    if options.get:
+        return _run_get(options)
     print(_HELP, end="")
     return 2
 
@@ -9806,7 +9847,8 @@ def _plugin_options(options: argparse.Namespace) -> Dict[str, Any]:
     """Return what plugins are told of the command line."""
     if options.task_limit is not None and options.task_limit < 1:
         raise ValueError(f"--task-limit {options.task_limit}: take 1 or more")
-    return {"allow_pickle": options.allow_pickle, "task_limit": options.task_limit}
+    return {"allow_pickle": options.allow_pickle, "task_limit": options.task_limit,
+            "staging_roots": options.staging_root}
 
 
 def _state_dir(options: argparse.Namespace, name: str) -> Path:
@@ -9882,6 +9924,103 @@ def _run_events(options: argparse.Namespace) -> int:
     for event in events(edge=edge, plugin_name=plugin_name, topic=topic, **_arguments(options)):
         print(json.dumps(event, ensure_ascii=False), flush=True)
     return 0
+
+
+def _run_put(options: argparse.Namespace) -> int:
+    local, remote = options.put
+    edge, path = _parse_remote(remote, "--put")
+    os.stat(local)                                # what is not there is said before anything else
+    with _open_staging(edge, options) as staging, _ProgressBar(local) as progress:
+        name = os.path.basename(os.path.abspath(local))
+        if path.endswith("/") or not path or not os.path.isdir(local) and _is_dir(staging, path):
+            path = os.path.join(path, name)
+        done = staging.put(local, path, options.overwrite, progress=progress)
+    return _tell_moved(f"{edge}:{done['path']}", done)
+
+
+def _run_get(options: argparse.Namespace) -> int:
+    remote, local = options.get
+    edge, path = _parse_remote(remote, "--get")
+    with _open_staging(edge, options) as staging, _ProgressBar(remote) as progress:
+        if local.endswith("/") or os.path.isdir(local) and not _is_dir(staging, path):
+            local = os.path.join(local, os.path.basename(path.rstrip("/")))
+        done = staging.get(path, local, options.overwrite, progress=progress)
+    return _tell_moved(done["path"], done)
+
+
+def _parse_remote(text: str, flag: str) -> Tuple[str, str]:
+    edge, colon, path = text.partition(":")
+    if not colon or not (is_valid_name(edge) or edge == BRIDGE_NAME):
+        raise ValueError(f"{flag}: {text!r} is not EDGE:PATH")
+    return edge, path
+
+
+@contextlib.contextmanager
+def _open_staging(edge: str, options: argparse.Namespace) -> Iterator[Any]:
+    """Give a client of the edge's plugin staging."""
+    with BridgeClient(**_arguments(options)) as bridge:
+        with bridge.get_edge_client(edge).get_plugin("staging") as staging:
+            if type(staging) is PluginClient:
+                raise NotFound("the client's part is in plugins.py: put it beside radical_edge.py")
+            yield staging
+
+
+def _is_dir(staging: Any, path: str) -> bool:
+    try:
+        return staging.stat(path)["type"] == "dir"
+    except NotFound:
+        return False
+
+
+def _tell_moved(where: str, done: Dict[str, Any]) -> int:
+    """Say what was moved; return 1 when something was left out."""
+    if "files" not in done:
+        print(f"{where}: {done['size']} bytes, sha256 {done['sha256']}")
+        return 0
+    print(f"{where}: {done['files']} files, {done['size']} bytes")
+    for name in done["skipped"]:
+        print(f"radical_edge: skipped, for it is no file: {name!r}", file=sys.stderr)
+    return 1 if done["skipped"] else 0
+
+
+class _ProgressBar:
+    """A line on a terminal that says how far a transfer is; nothing where there is no terminal."""
+
+    EVERY_S = 0.1
+
+    def __init__(self, title: str) -> None:
+        self._title = os.path.basename(title.rstrip("/"))[:28].encode(errors="replace").decode()
+        self._is_shown = sys.stderr.isatty()
+        self._begun: Optional[Tuple[float, int]] = None          # time and bytes at the first call
+        self._next = 0.0
+
+    def __enter__(self) -> "_ProgressBar":
+        return self
+
+    def __exit__(self, *_exc: Any) -> None:
+        if self._begun is not None:
+            print(file=sys.stderr)
+
+    def __call__(self, done: int, total: int) -> None:
+        """Take notice of so many bytes."""
+        now = time.monotonic()
+        if not self._is_shown or now < self._next and done < total:
+            return
+        self._begun = self._begun or (now, done)
+        self._next = now + self.EVERY_S
+        rate = (done - self._begun[1]) / max(now - self._begun[0], 0.001)
+        left = f"{(total - done) / rate:6.0f} s left" if rate else ""
+        print(f"\r{self._title:28} {100 * done / (total or 1):4.0f}% {format_size(done):>9} "
+              f"{format_size(rate):>9}/s{left:14}", end="", file=sys.stderr, flush=True)
+
+
+def format_size(size: float) -> str:
+    """Return a number of bytes for people, such as "1.5 GB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
 
 
 def _run_token(options: argparse.Namespace) -> int:

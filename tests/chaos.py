@@ -96,6 +96,7 @@ class Proxy:
 
     def close(self):
         self._ended = True
+        self._listener.shutdown(socket.SHUT_RDWR)                # it wakes the accepting thread
         self._listener.close()
         self.cut()
 
