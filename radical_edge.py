@@ -118,6 +118,7 @@ MAX_CHUNK_LINE = 256           # bytes of a chunk-size line with its extensions
 MAX_BODY = 64 * 1024 * 1024    # bytes of a body, which wire version 1 holds in memory whole
 MAX_OWN_BODY = 64 * 1024       # bytes of a body for the bridge itself, which asks no token of some
 MAX_MESSAGE = 96 * 1024 * 1024  # bytes of a WebSocket message: a base64 body and its surroundings
+MAX_OLD_MESSAGE = 10 * 1024 * 1024   # bytes of one that radical.edge 0.x takes: more ends its link
 MAX_LINK_BUFFER = 128 * 1024 * 1024  # bytes waiting to be sent to one edge; more is a stuck link
 MAX_PIPELINED = 64 * 1024      # bytes read ahead of the request that is being answered
 MAX_EVENTS = 50_000            # events kept for subscribers that are slow or come back
@@ -169,6 +170,8 @@ KEEP_ALIVE_S = 120.0           # an idle client connection
 REQUEST_S = 600.0              # a proxied request; see --request-timeout, X-Request-Timeout
 HEARTBEAT_S = 15.0             # event streams and links; common proxies drop what is idle for 60 s
 LINK_DEAD = 2                  # missed heartbeats that end a link
+OLD_LINK_DEAD_S = 600.0        # silence that ends one to an edge of version 1, whose plugins may
+                               # block its heartbeat; its own bridges wait as long
 ONCE_S = 24 * 3600.0           # an answer is kept so long for a retry with its Idempotency-Key
 GRACE_S = 10.0                 # requests wait so long for an edge that has lost its link
 BACKOFF_S = (0.25, 30.0)       # first and longest pause between an edge's attempts to connect
@@ -1284,6 +1287,14 @@ def parse_fields_object(headers: Any) -> Dict[str, str]:
     return fields
 
 
+def runs_once(endpoint: Any) -> bool:
+    """Whether an edge that describes itself so runs requests with the same Idempotency-Key once.
+
+    Edges of radical.edge 0.x do not.
+    """
+    return isinstance(endpoint, dict) and endpoint.get("idempotency_key") is True
+
+
 def check_status(status: Any) -> int:
     """Return the status of an edge's answer; raises ProtocolError when it cannot be one."""
     if type(status) is not int or not 200 <= status <= 599:
@@ -1997,6 +2008,17 @@ def _open_tcp(url: BridgeURL) -> socket.socket:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     return sock
+
+
+def limit_unacknowledged(sock: socket.socket, seconds: float) -> bool:
+    """Let the system end a connection whose peer confirms no byte for so long, where it can.
+
+    Unlike a heartbeat, that is the kernel's answer there: a busy process gives it, a dead host not.
+    """
+    if not hasattr(socket, "TCP_USER_TIMEOUT"):   # Linux has it
+        return False
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
+    return True
 
 
 def limit_unsent(sock: socket.socket) -> None:
@@ -2815,18 +2837,26 @@ def find_bridges(url: Optional[str] = None, token: Optional[str] = None,
 def default_bridge() -> Tuple[str, Optional[str]]:
     """Return (URL, pinned certificate or None) of the bridge to use when none is named.
 
-    That is RADICAL_BRIDGE_URL, what a bridge on this host wrote to ~/.radical/edge/url, or the
-    default port of this machine.
+    That is RADICAL_BRIDGE_URL, what a bridge on this host wrote to ~/.radical/edge/url, what users
+    of radical.edge 0.x have in bridge.url and bridge_cert.pem there, or the default port here.
     """
-    try:
-        lines = (home_dir() / "url").read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError):
-        lines = []
-    url, cert = [*lines[:2], None, None][:2]
+    words = _read_words(home_dir() / "url")[:2]
+    if not words:
+        words, old_cert = _read_words(home_dir() / "bridge.url")[:1], home_dir() / "bridge_cert.pem"
+        if words and old_cert.exists():
+            words.append(str(old_cert))
+    url, cert = [*words, None, None][:2]
     given = os.environ.get("RADICAL_BRIDGE_URL")
     if given and given != url:
         return given, None
     return url or f"http://127.0.0.1:{DEFAULT_PORT}", cert
+
+
+def _read_words(path: Path) -> List[str]:
+    try:
+        return path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError):
+        return []
 
 
 def default_token() -> Optional[str]:
@@ -3699,12 +3729,15 @@ class Request:
                 yield piece
 
     async def json(self) -> Any:
-        """Return the body as a JSON value. Raises BadRequest when it is not JSON."""
+        """Return the value that the body is, as JSON or, if Content-Type says so, as msgpack.
+
+        Raises BadRequest when it is neither.
+        """
         await self.body()
         return self.parse_json()
 
     async def json_object(self) -> Dict[str, Any]:
-        """Return the body as a JSON object, {} when empty. Raises BadRequest or Unprocessable."""
+        """Return the object that json() does, {} when empty. Raises BadRequest or Unprocessable."""
         value = self.parse_json() if await self.body() else {}
         if not isinstance(value, dict):
             raise Unprocessable("body: must be a JSON object, {...}")
@@ -3742,8 +3775,13 @@ class Request:
 
     def parse_json(self) -> Any:
         """Return what json() does."""
+        body = self.body_bytes
         try:
-            return json.loads(self.body_bytes)
+            if "msgpack" in self.headers.get("content-type", ""):    # radical.edge's clients do it
+                return parse_msgpack(body)
+            return json.loads(body)
+        except ProtocolError as error:
+            raise BadRequest(f"the body is not msgpack: {error}") from None
         except (ValueError, RecursionError) as error:
             raise BadRequest(f"the body is not JSON: {error}") from None
 
@@ -5879,10 +5917,10 @@ class _WholeCall(Call):
         except (TypeError, ValueError) as error:  # fields that are no text: the plugin's mistake
             payload = _encode_reply(incoming.req_id, _failure_response(
                 error, Request(incoming.method, incoming.target, incoming.headers)))
-        if len(response.body) > MAX_BODY or len(payload) > MAX_MESSAGE:
+        if len(payload) > MAX_OLD_MESSAGE:
             payload = _encode_reply(incoming.req_id, error_response(ContentTooLarge(
-                f"the answer has {len(response.body)} bytes; {MAX_BODY} are allowed, and fewer of "
-                "text that JSON makes longer")))
+                f"the answer takes {len(payload)} bytes on the wire; a bridge of version 1 takes "
+                f"{MAX_OLD_MESSAGE}")))
         self._channel.send(encode_frame(Opcode.TEXT, payload, mask=new_mask()))
 
 
@@ -6250,7 +6288,7 @@ class _BridgeLink:
     def _on_topology(self, message: Dict[str, Any]) -> None:
         if self.state is LinkState.REGISTERING:
             self._on_registered({})               # the first thing that an older bridge sends
-        edges = message.get("edges")
+        edges = message.get("edges", message.get("endpoints"))   # the latter of radical.orbit
         if isinstance(edges, dict):
             self._edge.host.on_topology(edges)
 
@@ -6379,8 +6417,10 @@ class Edge:
     def registration(self) -> Dict[str, Any]:
         """Return the "register" message."""
         endpoint = {"type": "radical.edge", "hostname": socket.gethostname(),
-                    "version": __version__}
-        return {"type": "register", "edge_name": self.name, "endpoint": endpoint,
+                    "version": __version__, "idempotency_key": True}
+        return {"type": "register", "edge_name": self.name,
+                "endpoint_name": self.name,       # what bridges of radical.orbit 0.2 call it
+                "endpoint": endpoint,
                 "plugins": self.host.describe_for_bridge(), "instance": self._instance,
                 "wire": list(WIRE_VERSIONS)}
 
@@ -6626,7 +6666,8 @@ class Exchange:
     def is_repeatable(self) -> bool:
         """Whether it may be forwarded again: it only reads, or the edge will know it by its key."""
         return not self.begun and self.received and self.upload is None and (
-            self.head.method in ("GET", "HEAD") or "idempotency-key" in self.head.fields)
+            self.head.method in ("GET", "HEAD") or "idempotency-key" in self.head.fields
+            and self.link is not None and runs_once(self.link.endpoint))
 
     def resend(self) -> None:
         """Forward it, now that its edge is back."""
@@ -7252,9 +7293,9 @@ class WholeRequests(LinkRequests):
                                          exchange.body)
         if not exchange.is_repeatable:
             exchange.body = b""
-        if len(payload) > MAX_MESSAGE:            # text that JSON makes much longer
-            raise ContentTooLarge(f"the body takes {len(payload)} bytes on the wire; {MAX_MESSAGE} "
-                                  "are allowed")
+        if len(payload) > MAX_OLD_MESSAGE:        # its link would end, and all that waits with it
+            raise ContentTooLarge(f"the request takes {len(payload)} bytes on the wire; an edge of "
+                                  f"version 1 takes {MAX_OLD_MESSAGE}")
         self._add(exchange, req_id, encode_frame(opcode, payload))
 
     def on_response(self, message: Dict[str, Any]) -> None:
@@ -7416,6 +7457,8 @@ class EdgeLink:
         self._parser = FrameParser(masked=True, max_message=MAX_REGISTER)
         # replaced when both sides turn out to know version 2
         self.requests: LinkRequests = WholeRequests(self)
+        self._is_patient = False                  # whether silence may mean a busy edge
+        self.word = "edges"                       # what it calls them: "endpoints" in radical.orbit
         self._to_ack: Deque[Tuple[int, int]] = collections.deque()   # (event id, number there)
         self.opened = self._last_received = connection._loop.time()
         self._allowance = Allowance(self.opened)  # of notifications
@@ -7488,8 +7531,9 @@ class EdgeLink:
             exchange.fail(DeadlineExceeded(
                 f"edge {self.name!r} did not answer within {now - exchange.started:.0f} s; the "
                 "request may still be running there"))
-        if now - self._last_received > LINK_DEAD * heartbeat:
-            self.close(CloseCode.GOING_AWAY, f"nothing was heard for {LINK_DEAD * heartbeat:.0f} s")
+        patience = OLD_LINK_DEAD_S if self._is_patient else LINK_DEAD * heartbeat
+        if now - self._last_received > patience:
+            self.close(CloseCode.GOING_AWAY, f"nothing was heard for {patience:.0f} s")
 
     def beat(self) -> None:
         """Ping, in the way that edges of every version answer."""
@@ -7506,8 +7550,9 @@ class EdgeLink:
         self.registry.on_lost(self, reason)
         for exchange in list(self.requests.pending.values()):
             self.requests.forget(exchange)
+            waits = exchange.is_repeatable and self.registry.wait(exchange, self.name)
             exchange.link = None
-            if not (exchange.is_repeatable and self.registry.wait(exchange, self.name)):
+            if not waits:
                 exchange.fail(EdgeOffline(
                     f"the link to edge {self.name!r} went down while it worked on this; it may "
                     "have been done: look before you try again", headers=_retry_after(1)))
@@ -7537,31 +7582,39 @@ class EdgeLink:
                 handler(message)
 
     def _on_register(self, message: Dict[str, Any]) -> None:
-        error = self.registry.check(self, message.get("edge_name"), _instance_of(message))
+        name = message.get("edge_name")
+        if name is None:                          # radical.orbit 0.2 has renamed edges
+            name, self.word = message.get("endpoint_name"), "endpoints"
+        error = self.registry.check(self, name, _instance_of(message))
         if error:
             self.registry.counters.add("links_refused_total")
-            bridge_log.warning("edge %.80r of token %s is refused: %s", message.get("edge_name"),
-                               self.identity.name, error)
+            bridge_log.warning("edge %.80r of token %s is refused: %s", name, self.identity.name,
+                               error)
             self.send({"type": "error", "message": error})
             self.close(CloseCode.POLICY, error)
             return
         endpoint = message.get("endpoint")
         self.endpoint = endpoint if isinstance(endpoint, dict) else {}
-        self._take_plugins(message.get("plugins"), message["edge_name"])
+        self._take_plugins(message.get("plugins"), name)
         self.describe()
         self.instance = _instance_of(message)
-        self.registry.add(self, message["edge_name"])
+        self.registry.add(self, name)
         self._parser.max_message = MAX_MESSAGE
-        offered = message.get("wire")
-        if isinstance(offered, list):             # an older edge does not know this message
-            version = 2 if 2 in offered else 1
-            self.send({"type": "registered", "edge_name": self.name, "wire": version,
-                       "acked": self.registry.hub.log.seen(self.name, self.instance)})
-            if version == 2:
-                self.requests, self._parser.max_message = StreamRequests(self), MAX_FRAME
+        self._agree(message.get("wire"))
+
+    def _agree(self, offered: Any) -> None:
+        """Use the newest version of the wire that both sides know."""
+        if not isinstance(offered, list):         # an older edge does not know "registered"
+            self._is_patient = limit_unacknowledged(self.channel.sock, LINK_DEAD * HEARTBEAT_S)
+            return
+        version = 2 if 2 in offered else 1
+        self.send({"type": "registered", "edge_name": self.name, "wire": version,
+                   "acked": self.registry.hub.log.seen(self.name, self.instance)})
+        if version == 2:
+            self.requests, self._parser.max_message = StreamRequests(self), MAX_FRAME
 
     def _on_topology(self, message: Dict[str, Any]) -> None:
-        edges = message.get("edges")
+        edges = message.get(self.word)
         mine = edges.get(self.name) if isinstance(edges, dict) else None
         if isinstance(mine, dict):
             self._take_plugins(mine.get("plugins"), self.name)
@@ -7918,18 +7971,20 @@ class EdgeRegistry:
         self.hub.publish_topology(self.topology())
         names = {name: {"plugins": list(plugins)}
                  for name, plugins in self.describe_plugins().items()}
-        message = encode_json({"type": "topology", "edges": names})
-        frame = encode_frame(Opcode.TEXT, message.encode())
-        self._tell_some(list(self.links.values()), frame)
+        links = list(self.links.values())
+        messages = {word: encode_json({"type": "topology", word: names})
+                    for word in {link.word for link in links}}
+        self._tell_some(links, {word: encode_frame(Opcode.TEXT, message.encode())
+                                for word, message in messages.items()})
         if self.host is not None:
             self.host.on_topology(names)
 
-    def _tell_some(self, links: List[EdgeLink], frame: bytes) -> None:
+    def _tell_some(self, links: List[EdgeLink], frames: Dict[str, bytes]) -> None:
         for link in links[:SUBSCRIBER_SLICE]:
             if link.channel.has_room:             # else it is told of the next change
-                link.channel.send(frame)
+                link.channel.send(frames[link.word])
         if links[SUBSCRIBER_SLICE:]:
-            self._loop.call_soon(self._tell_some, links[SUBSCRIBER_SLICE:], frame)
+            self._loop.call_soon(self._tell_some, links[SUBSCRIBER_SLICE:], frames)
 
 
 class EdgeMemory:
@@ -8870,21 +8925,24 @@ class Bridges:
             self._index += 1
         return self.current is not failed
 
-    def run(self, repeatable: bool, send: Callable[[Target], Any]) -> Any:
+    def run(self, repeatable: bool, send: Callable[[Target], Any], keyed: str = "") -> Any:
         """Return what `send(target)` returns for the first bridge that works.
 
-        Raises Unavailable when none does, or when nobody knows whether the request was done.
+        keyed: the path of a POST with an Idempotency-Key. Raises Unavailable when no bridge works,
+        or when nobody knows whether the request was done.
         """
-        end, pause, tried = time.monotonic() + RETRY_S, 0.05, 0
+        end, pause, tried, sent = time.monotonic() + RETRY_S, 0.05, 0, False
         while True:
             target = self.current
             try:
+                if sent and keyed:
+                    self._check_key(target, keyed)
                 result = send(target)
                 self._reached = True
                 return result
             except (OSError, ProtocolError, http.client.HTTPException) as error:
                 tried += 1
-                sent = not isinstance(error, NotSent)
+                sent = sent or not isinstance(error, NotSent)
                 if not self._may_repeat(error, sent, repeatable):
                     raise Unavailable(f"{target.url}: {explain(error)}") from None
                 self.fail_over(target)
@@ -8901,6 +8959,30 @@ class Bridges:
         if isinstance(error.__cause__, ssl.SSLCertVerificationError):
             return False
         return not sent or repeatable and not isinstance(error, (socket.timeout, TimeoutError))
+
+    @staticmethod
+    def _check_key(target: Target, path: str) -> None:
+        """Raise Unavailable when the edge of `path`, asked again, would do it again.
+
+        Raises NotSent when the edge is not there, or not yet.
+        """
+        name, *rest = [urllib.parse.unquote(segment) for segment in path[1:].split("/")]
+        if len(rest) < 2 or name in RESERVED_NAMES - {BRIDGE_NAME}:
+            return                                # one of the bridge's own, which do no harm twice
+        connection = _Connection(target.url.host, target)
+        try:
+            connection.request("POST", target.url.prefix + "/edge/list", headers=target.headers)
+            edges = json.loads(connection.getresponse().read())["data"]["edges"]
+            if name not in edges:
+                raise NotSent(f"edge {name!r} is not connected")
+            known = runs_once(edges[name]["endpoint"])
+        except (ValueError, KeyError, TypeError):
+            known = False
+        finally:
+            connection.close()
+        if not known:
+            raise Unavailable(f"the connection was lost, and edge {name!r} may have done this: "
+                              "look before you try again")
 
 
 def new_key() -> Dict[str, str]:
@@ -8952,7 +9034,7 @@ def _urlopen(targets: List[Target], method: str, path: str, body: Any = None,
         except urllib.error.URLError as error:
             raise error.reason if isinstance(error.reason, OSError) else error
 
-    reply, content = Bridges(targets).run(True, send)
+    reply, content = Bridges(targets).run(True, send, path if method == "POST" else "")
     if reply.status >= 400:
         raise make_error(reply.status, reply.headers, content)
     return json.loads(content) if content else None
@@ -9189,7 +9271,7 @@ class HttpClient:
                 return send(target, again=False)  # a bridge sent it twice; the key makes it one
             return response
 
-        return self._bridges.run(whole, send)
+        return self._bridges.run(whole, send, path if method == "POST" else "")
 
     @contextlib.contextmanager
     def stream(self, method: str, path: str, *, content: Any = None,

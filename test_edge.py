@@ -918,7 +918,7 @@ def test_a_bad_close_frame_has_a_close_code_itself(payload, expected):
 # Whole connections to other implementations: theirs at one end, ours at the other
 # ---------------------------------------------------------------------------
 
-BODY_SIZES = (0, 1, 125, 126, 65535, 65536, 8 << 20)
+BODY_SIZES = (0, 1, 125, 126, 65535, 65536, 7 << 20)
 
 
 class WsprotoPeer:
@@ -1936,8 +1936,7 @@ def test_an_answer_that_is_too_large_or_broken_fails_only_its_own_request(edge, 
     edge.host.add(Odd, "odd")
     client = raw()
     wait_until(lambda: client.request("GET", "/e1/odd/version")[0] == 200)
-    monkeypatch.setattr(radical_edge, "MAX_BODY", 2000)
-    monkeypatch.setattr(radical_edge, "MAX_MESSAGE", 4000)
+    monkeypatch.setattr(radical_edge, "MAX_OLD_MESSAGE", 2900)
     large = 413 if wire == 1 else 200             # in pieces, an answer of any size will pass
     for path, status in (("large", large), ("longer", large), ("fields", 500), ("version", 200)):
         assert client.request("GET", f"/e1/odd/{path}")[0] == status
@@ -3485,6 +3484,12 @@ class Relay:
         with contextlib.suppress(OSError):
             target.shutdown(socket.SHUT_RDWR)
 
+    def cut(self):
+        """End the connections that there are."""
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
     def close(self):
         for sock in [self._server, *self._sockets]:
             with contextlib.suppress(OSError):
@@ -3957,7 +3962,9 @@ def test_answers_are_kept_over_a_restart_of_the_edge(bridge, tokens, raw, home, 
 
 
 def test_a_request_waits_for_an_edge_that_comes_back(bridge, fake_edge, raw):
-    fake, clients = fake_edge("f1", instance="i"), [raw() for _ in range(4)]
+    keys = {"idempotency_key": True}              # it runs a request with the same key once
+    fake = fake_edge("f1", instance="i", endpoint=keys)
+    clients = [raw() for _ in range(4)]
     fake.hear("topology")
     clients[0].send_request("GET", "/f1/p/begun")
     clients[1].send_request("POST", "/f1/p/keyed", b"body", key("k"))
@@ -3996,6 +4003,133 @@ def test_an_upload_waits_for_an_older_edge_too(bridge, fake_edge, raw, instance,
         assert request["body"] == "x" * 100_000
         fake.say(type="response", req_id=request["req_id"], status=200)
     assert client.reply()[0] == status
+
+
+# ---------------------------------------------------------------------------
+# Peers of radical.edge 0.x and radical.orbit 0.2 (tests/test_compat.py has the real ones)
+# ---------------------------------------------------------------------------
+
+def test_a_keyed_post_is_not_sent_again_to_an_edge_that_does_not_know_keys(bridge, fake_edge, raw):
+    fake, client = fake_edge("f1"), raw()
+    fake.hear("topology")
+    client.send_request("POST", "/f1/p/run", b"body", key("k"))
+    fake.hear("request")
+    fake.close()
+    assert_error(client.reply(), 503, "may have been done")
+
+
+def test_a_client_asks_before_it_repeats_a_post_that_may_have_arrived(bridge, fake_edge, tokens):
+    """Behind the relay is an edge that knows keys, then one that does not."""
+    relay = Relay(bridge._listener.server_address[1])
+    url = f"http://127.0.0.1:{relay.port}"
+    replies = queue.Queue()
+
+    def post(name):
+        try:
+            replies.put(radical_edge.call(name, "p", "run", {}, url=url))
+        except EdgeError as error:
+            replies.put(error)
+
+    try:
+        for name, endpoint in (("new", {"idempotency_key": True}), ("old", {"type": "x"})):
+            fake = fake_edge(name, endpoint=endpoint)
+            fake.hear("topology")
+            thread = threading.Thread(target=post, args=(name,))
+            thread.start()
+            first = fake.hear("request")
+            relay.cut()
+            if name == "new":
+                again = fake.hear("request")
+                assert again["headers"]["idempotency-key"] == first["headers"]["idempotency-key"]
+                fake.say(type="response", req_id=again["req_id"], status=200, body={"a": 1})
+            thread.join(20)
+            reply = replies.get(timeout=1)
+        assert reply.status == 503 and "look before you try again" in reply.detail
+        assert bridge._registry.links["old"].requests._counter == 1
+    finally:
+        relay.close()
+
+
+def test_a_message_that_an_older_edge_cannot_take_is_413(bridge, fake_edge, raw, monkeypatch):
+    monkeypatch.setattr(radical_edge, "MAX_OLD_MESSAGE", 5000)
+    fake, client = fake_edge("f1"), raw()
+    fake.hear("topology")
+    for body in (b"x" * 5000, b"\xff" * 5000, b"\0" * 1000):
+        assert_error(client.request("POST", "/f1/p/up", body), 413, "5000")
+    client.send_request("POST", "/f1/p/up", b"x" * 4000)
+    request = fake.hear("request")
+    fake.say(type="response", req_id=request["req_id"], status=200)
+    assert client.reply()[0] == 200
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no such limit")
+def test_an_older_edge_may_be_silent_for_many_heartbeats(tokens):
+    """Its plugins run where its heartbeat does; whether its host is alive the system knows."""
+    bridge = Bridge(port=0, tokens=tokens[0], heartbeat=0.1).start()
+    old = FakeEdge(bridge, tokens[1]["edge"], "old")
+    new = FakeEdge(bridge, tokens[1]["edge"], "new", wire=[1])
+    try:
+        link = wait_until(lambda: bridge._registry.links.get("old"))
+        assert new.hear("registered")
+        wait_until(lambda: "new" not in bridge._registry.links)
+        wait_until(lambda: time.monotonic() - link._last_received > 1)
+        assert bridge._registry.links["old"] is link
+        assert link.channel.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) > 0
+    finally:
+        old.close()
+        new.close()
+        assert bridge.stop()
+
+
+def test_an_edge_of_radical_orbit_says_endpoint(bridge, fake_edge, raw):
+    fake, client = fake_edge(None, endpoint_name="o1"), raw()
+    assert fake.hear("topology")["endpoints"] == {"o1": {"plugins": ["p"]}}
+    fake.say(type="topology", endpoints={"o1": {"plugins": {"q": {"type": "q"}}}})
+    assert fake.hear("topology")["endpoints"] == {"o1": {"plugins": ["q"]}}
+    described = json.loads(client.request("POST", "/edge/list")[2])["data"]["edges"]["o1"]
+    assert described["plugins"]["q"]["namespace"] == "/o1/q"
+    again = fake_edge(None, endpoint_name="o1")
+    assert "already used" in again.hear("error")["message"]
+
+
+def test_our_edge_is_known_to_a_bridge_of_radical_orbit(home):
+    class Watcher(Plugin):
+        seen = queue.Queue()
+
+        async def on_topology_change(self, edges):
+            self.seen.put(edges)
+
+    with websockets_bridge() as (url, links), running_edge(url) as edge:
+        link = links.get(timeout=10)
+        assert json.loads(link.recv(10))["endpoint_name"] == "e9"
+        edge.host.add(Watcher, "watcher")
+        link.send(json.dumps({"type": "topology", "endpoints": {"x": {"plugins": ["p"]}}}))
+        assert edge.online.wait(10)
+        wait_until(lambda: not Watcher.seen.empty() or link.send(json.dumps(
+            {"type": "topology", "endpoints": {"x": {"plugins": ["p"]}}})))
+        assert Watcher.seen.get(timeout=10) == {"x": {"plugins": ["p"]}}
+
+
+def test_a_body_of_msgpack_is_read_where_json_is(edge, raw):
+    client = raw()
+    packed = [("Content-Type", "application/msgpack")]
+    body = radical_edge.encode_msgpack({"tasks": {"uid": "t1"}, "n": 7, "on": True})
+    reply = client.request("POST", "/e1/echo/json", body, packed)
+    assert json.loads(reply[2]) == {"got": {"tasks": {"uid": "t1"}, "n": 7, "on": True}}
+    assert_error(client.request("POST", "/e1/echo/json", body[:-1], packed), 400, "msgpack")
+    assert_error(client.request("POST", "/e1/echo/json", b"{}", packed), 400, "msgpack")
+
+
+def test_the_bridge_that_users_of_radical_edge_have_in_their_home_is_found(home):
+    folder = home / ".radical/edge"
+    assert radical_edge.default_bridge() == ("http://127.0.0.1:8000", None)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bridge.url").write_text("https://bridge.example.org:8000\n")
+    assert radical_edge.default_bridge() == ("https://bridge.example.org:8000", None)
+    (folder / "bridge_cert.pem").write_text("...")
+    assert radical_edge.find_bridge().cert == str(folder / "bridge_cert.pem")
+    (folder / "url").write_text("https://127.0.0.1:9 sha256:ab\n")      # a bridge of ours is newer
+    assert radical_edge.default_bridge() == ("https://127.0.0.1:9", "sha256:ab")
 
 
 def test_an_edge_that_stays_away_is_503_in_the_end_and_one_that_left_at_once(
