@@ -107,7 +107,8 @@ class Browser:
         end = time.monotonic() + timeout
         while True:
             found = self.run(
-                "return [...document.querySelectorAll(args[0])].find((node) => node.offsetParent"
+                "return [...document.querySelectorAll(args[0])].find((node) =>"
+                " node.getClientRects().length"
                 " && (!args[1] || `${node.textContent} ${node.getAttribute('aria-label') || ''}`"
                 ".includes(args[1]))) || null", selector, words)
             if found is not None:
