@@ -108,7 +108,7 @@ class Browser:
         while True:
             found = self.run(
                 "return [...document.querySelectorAll(args[0])].find((node) =>"
-                " node.getClientRects().length"
+                " node.checkVisibility()"
                 " && (!args[1] || `${node.textContent} ${node.getAttribute('aria-label') || ''}`"
                 ".includes(args[1]))) || null", selector, words)
             if found is not None:

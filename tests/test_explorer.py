@@ -262,8 +262,7 @@ def test_a_token_for_edges_and_one_that_is_revoked_are_told_so(stage, window):
 
 def submit(window, executable, arguments):
     """Submit a job by the form, and wait until it is shown."""
-    if not window.run("return document.querySelector('details.card').open"):
-        window.click("summary", "New job")
+    window.run("document.querySelector('details.card').open = true")
     window.type("input[name=exec]", executable)
     window.type("input[name=args]", arguments)
     window.click("button[type=submit]", "Submit job")
@@ -342,6 +341,36 @@ def test_a_mistake_in_the_form_is_named_and_nothing_is_lost(stage, window):
     window.click("button[type=submit]")
     window.find("form .error", "duration")
     assert window.run("return document.querySelector('input[name=exec]').value") == "sleep"
+
+
+def test_a_task_is_submitted_followed_and_cancelled(stage, window):
+    stage.start_edge("site", "-p", "rhapsody")
+    window.sign_in()
+    window.open("#/e/site/rhapsody")
+    window.wait_text("No tasks yet.")
+    window.run("const s = document.querySelector('select[name=backends]');"
+               "s.value = [...s.options].find((option) => option.textContent === 'local').value")
+    window.type("input[name=exec]", "sh")
+    window.type("input[name=args]", "-c 'n=0; while :; do n=$((n+1)); echo \"line $n\"; "
+                                    "sleep 0.2; done'")
+    window.click("button[type=submit]", "Submit task")
+    detail = "section[aria-label=Job]"
+    window.find(f"{detail} .state.run", "RUNNING", timeout=60)
+    window.wait(lambda: "line 3" in output(window), "the output")
+    first = output(window)
+    window.wait(lambda: "line 10" in output(window), "more of the output")
+    assert output(window).startswith(first)
+    assert len(re.findall("^line 2$", output(window), re.M)) == 1
+    look(window, "rhapsody")
+    window.click(f"{detail} button", "Cancel")
+    window.click(f"{detail} button", "Really?")
+    window.find(f"{detail} .state", "CANCELED")
+    window.run("document.querySelector('details.card').open = true")
+    window.type("input[name=args]", "-c 'echo well; exit 3'")
+    window.click("button[type=submit]", "Submit task")
+    window.find(f"{detail} .state.bad", "FAILED")
+    window.wait(lambda: output(window) == "well\n", "the output")
+    window.find(f"{detail} dl", "Exit code3")
 
 
 # ---------------------------------------------------------------------------
