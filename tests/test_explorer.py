@@ -448,6 +448,16 @@ def test_a_bridge_that_is_restarted_under_an_open_page_is_caught_up_with(stage, 
     assert sorted(states) == ["ACTIVE", "COMPLETED", "QUEUED"]
 
 
+def test_a_page_that_was_left_keeps_no_connection(stage, window):
+    stage.start_edge("site", "-p", "sysinfo")
+    window.sign_in()
+    for _ in range(8):                             # more than a browser has connections to a host
+        window.go("about:blank")
+        window.go(stage.url + "/")
+        window.find("a.main", "site")
+    window.find("#link", "Live")
+
+
 def test_events_are_filtered_paused_and_shown_whole(stage, window):
     stage.start_edge("site", "-p", "garden,friendly", "--plugin-file", PLUGINS)
     window.sign_in()
