@@ -31,6 +31,7 @@ import http.client
 import importlib
 import importlib.util
 import inspect
+import io
 import ipaddress
 import itertools
 import json
@@ -44,6 +45,7 @@ import random
 import re
 import secrets
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -3116,7 +3118,6 @@ log_psij = logging.getLogger("radical_edge.psij")
 
 START_S = 5.0                  # a job that takes longer to start is QUEUED when submit answers
 POLL_S = 0.25                  # jobs of an earlier edge process are looked at so often
-QUEUE_POLL_S = 5               # batch queues, by psij-python; its own default is 30
 MAX_TAIL = 4096                # bytes of output in a notification
 MAX_READ = 1024 * 1024         # bytes of output in one answer
 KEEP_JOBS_S = 7 * 86400        # finished jobs whose session is gone are kept so long
@@ -3215,6 +3216,10 @@ class Job:
         self.message: Optional[str] = None
         self.exit_code: Optional[int] = None
         self.time = time.time()                   # of the last change, seconds since the epoch
+        self.note: Optional[str] = None           # what is to be said of it while it lives
+        self.submitted = self.time                # to a batch system
+        self.unsure_until = 0.0                   # it may still turn up there; epoch
+        self.gone = False                         # it runs no more, whatever its state says
         self.on_change: Callable[["Job"], None] = lambda job: None
         self.begun = asyncio.Event()              # set once it runs, or could not
         self.ended = asyncio.Event()
@@ -3227,7 +3232,7 @@ class Job:
     @property
     def is_over(self) -> bool:
         """Whether it runs no more, though perhaps nobody knows how it ended."""
-        return self.is_final
+        return self.is_final or self.gone
 
     def update(self, state: str, *, message: Optional[str] = None, exit_code: Optional[int] = None,
                when: Optional[float] = None) -> bool:
@@ -3251,7 +3256,7 @@ class Job:
                 "arguments": self.spec.get("arguments", []), "executor": self.executor,
                 "queue_name": attributes.get("queue_name"), "account": attributes.get("account"),
                 "node_count": resources.get("node_count"), "name": self.spec.get("name"),
-                "message": self.message, "time": self.time}
+                "message": self.message or self.note, "time": self.time}
 
     def describe_whole(self) -> Dict[str, Any]:
         """Return what status says of the job, without its output."""
@@ -3778,172 +3783,974 @@ def _local_command(spec: Dict[str, Any], directory: str) -> List[str]:
     return ["/bin/sh", "-c", text, "radical-edge-job", *scripts, *command]
 
 
-# -- batch systems, through psij-python
+# -- batch systems: what their programs print
 
-_SUBMIT_PROGRAMS = {"slurm": ("sbatch", "squeue"), "pbs": ("qsub", "qstat"),
-                    "pbs_classic": ("qsub", "qstat"), "lsf": ("bsub", "bjobs"),
-                    "cobalt": ("qsub", "qstat"), "flux": ("flux",)}
+QUEUE_POLL_S = 5.0             # between two looks at a queue; psij-python's own default is 30
+SOON_S = 1.0                   # after a job was submitted or cancelled
+TROUBLE_S = 60.0               # longest pause after a look that failed
+SCHEDULER_S = 60.0             # sbatch, squeue and the like may take so long
+MAX_SCHEDULER_OUTPUT = 16 * 1024 * 1024  # bytes; 200,000 jobs of squeue
+EXIT_CODE_S = 20.0             # a job's exit code may reach a shared file system so much later
+GONE_S = 60.0                  # a job of which nobody knows anything for so long is UNKNOWN
+UNSURE_S = 120.0               # after sbatch had to be killed, the job may still turn up
+MAX_ARGUMENT_IDS = 500         # jobs named on one command line
+MAX_ALONE = 50                 # jobs asked for one by one, when asking for all has failed
+MAX_SUBMITTING = 4             # submissions to one batch system at a time
+
+
+class Verdict(NamedTuple):
+    """What a batch system says of a job; `state` is one of ours, the others None if not said."""
+    state: str
+    message: Optional[str] = None
+    exit_code: Optional[int] = None
+    node: Optional[str] = None                    # the first one, where the script runs
+
+
+# squeue(1), sacct(1): JOB STATE CODES
+_SLURM_STATES = {
+    **dict.fromkeys(("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
+                     "RESV_DEL_HOLD", "SPECIAL_EXIT", "REVOKED"), "QUEUED"),
+    **dict.fromkeys(("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT",
+                     "RESIZING"), "ACTIVE"),
+    **dict.fromkeys(("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE",
+                     "PREEMPTED", "LAUNCH_FAILED", "RECONFIG_FAIL"), "FAILED"),
+    "COMPLETED": "COMPLETED", "CANCELLED": "CANCELED"}
+_SLURM_WORDS = {"TIMEOUT": "the walltime was over", "OUT_OF_MEMORY": "out of memory",
+                "NODE_FAIL": "a node failed", "BOOT_FAIL": "a node did not boot",
+                "DEADLINE": "the deadline was over", "PREEMPTED": "another job took its place"}
+_PBS_STATES = {**dict.fromkeys("HMQTUWS", "QUEUED"), **dict.fromkeys("BER", "ACTIVE"),
+               **dict.fromkeys("FX", "COMPLETED")}
+_PBS_CANCELED = frozenset((265, 271))             # 256 and the signal of qdel: KILL or TERM
+_LSF_STATES = {**dict.fromkeys(("PEND", "PROV", "PSUSP", "WAIT"), "QUEUED"),
+               **dict.fromkeys(("RUN", "USUSP", "SSUSP", "UNKWN", "ZOMBI"), "ACTIVE"),
+               "DONE": "COMPLETED", "EXIT": "FAILED"}
+
+
+def _slurm_verdict(state: str, reason: str = "", code: str = "", node: str = "") -> Verdict:
+    """Return the verdict of Slurm's words. state: also "CANCELLED by 1000". code: "3:0"."""
+    word = state.split(" ")[0].rstrip("+")
+    ours = _SLURM_STATES.get(word, "UNKNOWN")
+    reason = "" if reason in ("None", "N/A", "(null)", "NonZeroExitCode") else reason
+    match = re.fullmatch(r"([0-9]+):([0-9]+)", code)
+    number = None if not match else 128 + int(match[2]) if match[2] != "0" else int(match[1])
+    if ours == "FAILED" and number == 0:          # as after a timeout
+        number = None
+    message = reason or None
+    if ours == "UNKNOWN":
+        message = f"Slurm says {word[:40]}"
+    elif ours == "FAILED" and word != "FAILED":
+        message = f"{_SLURM_WORDS.get(word, 'it failed')} ({word})"
+    return Verdict(ours, message, number if ours in ("FAILED", "COMPLETED") else None,
+                   node if is_ssh_host(node) else None)
+
+
+def parse_squeue(text: str) -> Dict[str, Verdict]:
+    """Return {job id: verdict} of `squeue -h -o %A|%T|%B|%r`. Odd lines cost nobody else."""
+    found = {}
+    for line in text.splitlines():
+        fields = line.strip().split("|", 3)
+        if len(fields) == 4 and re.fullmatch("[0-9]+", fields[0]):
+            found[fields[0]] = _slurm_verdict(fields[1], fields[3], node=fields[2])
+    return found
+
+
+def parse_sacct(text: str) -> Dict[str, Verdict]:
+    """Return {job id: verdict} of `sacct -n -P -X -o JobIDRaw,State,ExitCode`; the last counts."""
+    found = {}
+    for line in text.splitlines():
+        fields = line.strip().split("|")
+        if len(fields) == 3 and re.fullmatch("[0-9]+", fields[0]):
+            found[fields[0]] = _slurm_verdict(fields[1], code=fields[2])
+    return found
+
+
+def parse_scontrol_job(text: str) -> Dict[str, Verdict]:
+    """Return {job id: verdict} of `scontrol -o show job`."""
+    found = {}
+    for line in text.splitlines():
+        values = dict(re.findall(r"(?:^|\s)(JobId|JobState|Reason|ExitCode|BatchHost)=(\S*)", line))
+        if {"JobId", "JobState"} <= set(values):
+            found[values["JobId"]] = _slurm_verdict(
+                values["JobState"], values.get("Reason", ""), values.get("ExitCode", ""),
+                values.get("BatchHost", ""))
+    return found
+
+
+def parse_qstat(text: str) -> Dict[str, Verdict]:
+    """Return {job id: verdict} of `qstat -f -F json -x` of PBS Pro."""
+    jobs = _json_object(text).get("Jobs")
+    found = {}
+    for job_id, job in jobs.items() if isinstance(jobs, dict) else ():
+        if isinstance(job, dict) and isinstance(job.get("job_state"), str):
+            found[job_id] = _pbs_verdict(job)
+    return found
+
+
+def _pbs_verdict(job: Dict[str, Any]) -> Verdict:
+    state, code = _PBS_STATES.get(job["job_state"][:1], "UNKNOWN"), job.get("Exit_status")
+    code = code if isinstance(code, int) else None
+    message = job.get("comment") if isinstance(job.get("comment"), str) else None
+    if state == "COMPLETED" and code is not None:
+        state = "CANCELED" if code in _PBS_CANCELED else "COMPLETED" if code == 0 else "FAILED"
+    node = str(job.get("exec_host", "")).partition("/")[0]
+    return Verdict(state, message, code if state in ("COMPLETED", "FAILED") else None,
+                   node if is_ssh_host(node) else None)
+
+
+def parse_bjobs(text: str) -> Dict[str, Verdict]:
+    """Return {job id: verdict} of `bjobs -json -o "JOBID STAT EXIT_REASON ..."` of LSF."""
+    records = _json_object(text).get("RECORDS")
+    found = {}
+    for record in records if isinstance(records, list) else ():
+        if isinstance(record, dict) and "JOBID" in record and "STAT" in record:
+            reasons = [str(record[name]) for name in ("EXIT_REASON", "KILL_REASON",
+                                                      "SUSPEND_REASON") if record.get(name)]
+            killed = any("bkill" in reason.lower() or "owner" in reason.lower()
+                         for reason in reasons) and record["STAT"] == "EXIT"
+            state = "CANCELED" if killed else _LSF_STATES.get(str(record["STAT"]), "UNKNOWN")
+            found[str(record["JOBID"])] = Verdict(state, "; ".join(reasons) or None)
+    return found
+
+
+def conclude(said: Optional[Verdict], exit_code: Optional[int],
+             waited: float) -> Optional[Verdict]:
+    """Return how a job has ended, by all that is known; None to look again later.
+
+    said: what the batch system says of its end, None when it does not know the job. exit_code: what
+    the job's own script wrote down. waited: seconds since it was first found to have ended.
+    """
+    if said is not None and said.state == "CANCELED":
+        return said._replace(exit_code=None)
+    if exit_code is not None:
+        if exit_code == 0:
+            return Verdict("COMPLETED", exit_code=0)
+        message = said.message if said and said.state == "FAILED" else None
+        return Verdict("FAILED", message, exit_code)
+    if said is not None and said.state == "FAILED" and (
+            said.exit_code is not None or said.message or waited >= EXIT_CODE_S):
+        return said
+    if said is not None and said.state == "COMPLETED" and said.exit_code == 0 and \
+            waited >= EXIT_CODE_S:                # our script ends as the job did
+        return said
+    if waited < GONE_S:
+        return None
+    return Verdict("UNKNOWN", "the batch system has ended or forgotten the job, and there is no "
+                              "exit code of it")
+
+
+# -- batch systems: their programs
+
+class SchedulerTrouble(Unavailable):
+    """A batch system's program hangs, prints garbage or fails, which says nothing of any job."""
+
+
+class SubmissionUnsure(Unavailable):
+    """The program that submits had to be killed: the job may be there, or may come."""
+
+
+class ProgramResult(NamedTuple):
+    """What a program left: its exit status, and at most MAX_SCHEDULER_OUTPUT bytes of each."""
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def words(self) -> str:
+        """What it complained of, in one line."""
+        text = " ".join((self.stderr.strip() or self.stdout.strip()).split())
+        return text[-1000:] or f"it exited with {self.status} and said nothing"
+
+
+def run_scheduler(command: List[str], timeout: Optional[float] = None) -> ProgramResult:
+    """Run a batch system's program, with bounds for time and memory. Blocks.
+
+    Raises SchedulerTrouble when it is not there, takes more than SCHEDULER_S, or prints too much.
+    """
+    name, patience = command[0], timeout or SCHEDULER_S
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, start_new_session=True, cwd="/",
+                                   env=_clean_environment())
+    except OSError as error:
+        raise SchedulerTrouble(f"{name} cannot be run: {error.strerror or error}") from None
+    late = threading.Event()
+    killer = threading.Timer(patience, lambda: (late.set(), _kill_group(process.pid)))
+    killer.daemon = True
+    killer.start()
+    outputs: List[bytes] = [b"", b""]
+    with process:
+        reader = threading.Thread(target=_read_bounded, args=(process, 1, outputs), daemon=True)
+        reader.start()
+        _read_bounded(process, 0, outputs)
+        reader.join()
+        process.wait()
+        killer.cancel()
+    if late.is_set():
+        raise SchedulerTrouble(f"{name} did not answer within {patience:.0f} s")
+    if max(map(len, outputs)) > MAX_SCHEDULER_OUTPUT:
+        raise SchedulerTrouble(f"{name} prints more than {MAX_SCHEDULER_OUTPUT >> 20} MiB")
+    return ProgramResult(process.returncode, *(item.decode(errors="replace") for item in outputs))
+
+
+def _read_bounded(process: "subprocess.Popen[bytes]", index: int, outputs: List[bytes]) -> None:
+    """Read a program's output; end the program when that is too much."""
+    outputs[index] = (process.stdout, process.stderr)[index].read(MAX_SCHEDULER_OUTPUT + 1)
+    if len(outputs[index]) > MAX_SCHEDULER_OUTPUT:
+        _kill_group(process.pid)
+
+
+# -- batch systems: the scripts that psij-python writes
+
+_DIRECTIVE = re.compile(r'^(#(?:SBATCH|PBS|BSUB|COBALT) -{1,2}[A-Za-z0-9_-]+[= ])"(.*)"$')
+_EXIT_CODE_LINE = re.compile(r'^echo "\$\?" > "(.*)/(\$\w+)\.ec"$', re.MULTILINE)
+_REDIRECT_LINE = re.compile(r'^exec &>> "', re.MULTILINE)
+
+
+def repair_script(text: str, job_id: str, *, has_duration: bool = True) -> str:
+    """Return a submit script of psij-python's as it should be.
+
+    Directives are quoted once, not twice, and True stands for a directive without a value. The
+    exit code appears at once and whole, and is the script's own too, so that the batch system's
+    accounting has it. A file JOB_ID.id tells under which number the job was started.
+    """
+    lines = [_repair_directive(line) for line in text.split("\n")]
+    if not has_duration:                          # LSF's template cannot do without
+        lines = [line for line in lines if not line.startswith("#BSUB -W ")]
+    text = "\n".join(lines)
+    match = _EXIT_CODE_LINE.search(text)
+    if match is None:
+        return text
+    folder, number = match[1], match[2]
+    ended = (f'_psij_ec=$?\necho "$_psij_ec" > "{folder}/{number}.ec.new"\n'
+             f'mv "{folder}/{number}.ec.new" "{folder}/{number}.ec"\nexit $_psij_ec')
+    text = text[:match.start()] + ended + text[match.end():]
+    begun = f'echo "{number}" > "{folder}/{job_id}.id"\n'
+    return _REDIRECT_LINE.sub(lambda found: begun + found[0], text, count=1)
+
+
+def _repair_directive(line: str) -> str:
+    match = _DIRECTIVE.match(line)
+    if match is None:
+        return line
+    words = shlex.split(match[2]) if match[2].startswith("'") else [match[2]]
+    if words == ["True"]:
+        return match[1].rstrip("= ")
+    return f'{match[1]}"{words[0] if words else ""}"'
+
+
+# what may be in a directive: it is within double quotes there, and never reaches a shell
+_DIRECTIVE_TEXT = re.compile(r'[^"\\`$\x00-\x1f\x7f]{1,1024}')
+_PLAIN_TEXT = re.compile(r"[A-Za-z0-9@%+=:,./_-]{1,1024}")       # what no quoting changes
+_PATH_TEXT = re.compile(r"[A-Za-z0-9@%+=:,./_~-]{1,4096}")       # the launcher does not quote paths
+
+
+def check_batch_spec(spec: Dict[str, Any], name: str) -> None:
+    """Raise Unprocessable, with the field's name, for what would not reach the job as it is."""
+    attributes = spec["attributes"]
+    pattern = _DIRECTIVE_TEXT if name == "slurm" else _PLAIN_TEXT
+    wrong = "may have no quotes, '$', backslashes or control characters" if name == "slurm" else \
+        "may have only letters, digits and @%+=:,./_-"
+    for field in ("queue_name", "account", "project_name", "reservation_id"):
+        if field in attributes and not pattern.fullmatch(attributes[field]):
+            raise Unprocessable(f"attributes.{field}: {wrong}")
+    for key, value in attributes.get("custom_attributes", {}).items():
+        scheduler, dot, option = key.partition(".")
+        if not dot or not re.fullmatch("[A-Za-z0-9_-]{1,64}", option):
+            raise Unprocessable(f"custom_attributes.{key[:80]}: must be SCHEDULER.OPTION, such as "
+                                "slurm.qos or pbs.l")
+        if not isinstance(value, (str, int, float)) or not pattern.fullmatch(str(value)):
+            raise Unprocessable(f"custom_attributes.{key}: must be true or false, a number or a "
+                                f"string, and {wrong}")
+    for key in spec.get("environment", {}):
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", key):
+            raise Unprocessable(f"environment.{key[:80]}: a batch job's variables have letters, "
+                                "digits and '_'")
+    for field in ("directory", "stdin_path", "stdout_path", "stderr_path", "pre_launch",
+                  "post_launch"):
+        if field in spec and not _PATH_TEXT.fullmatch(spec[field]):
+            raise Unprocessable(f"{field}: a batch job's paths have only letters, digits and "
+                                "@%+=:,./_~-")
+    if name.startswith("pbs"):
+        _refuse_for_pbs(spec)
+
+
+def _refuse_for_pbs(spec: Dict[str, Any]) -> None:
+    for field in {"gpu_cores_per_process", "cpu_cores_per_process"} & set(spec["resources"]):
+        raise Unprocessable(f"resources.{field}: psij-python drops it for PBS; ask for it with "
+                            "the custom attribute pbs.l")
+
+
+def resolve_batch_paths(spec: Dict[str, Any]) -> Dict[str, str]:
+    """Return the absolute paths of a batch job's spec. Blocks; raises Unprocessable.
+
+    Directories must be there already: a job whose output has no place fails without a trace.
+    """
+    folder = _existing(spec.get("directory", "~"), "directory", os.path.isdir)
+    paths = {"directory": folder}
+    for field in ("stdin_path", "stdout_path", "stderr_path", "pre_launch", "post_launch"):
+        if field in spec:
+            paths[field] = os.path.join(folder, os.path.expanduser(spec[field]))
+            if field in ("stdout_path", "stderr_path"):
+                _existing(os.path.dirname(paths[field]), field, os.path.isdir)
+            else:
+                _existing(paths[field], field, os.path.exists)
+    return paths
+
+
+# -- batch systems: the executors of psij-python
+
+_SUBMIT_PROGRAMS = {"slurm": ("sbatch", "squeue", "scancel"), "pbs": ("qsub", "qstat", "qdel"),
+                    "pbs_classic": ("qsub", "qstat", "qdel"), "lsf": ("bsub", "bjobs", "bkill"),
+                    "cobalt": ("qsub", "qstat", "qdel")}
+_PSIJ_CLASSES = {"slurm": ("slurm", "SlurmJobExecutor"), "pbs": ("pbs", "PBSJobExecutor"),
+                 "pbs_classic": ("pbs_classic", "PBSClassicJobExecutor"),
+                 "lsf": ("lsf", "LsfJobExecutor"), "cobalt": ("cobalt", "CobaltJobExecutor")}
 _NAME_OPTIONS = {"slurm": "slurm.job-name", "pbs": "pbs.N", "pbs_classic": "pbs.N", "lsf": "lsf.J"}
 
 
-class BatchExecutors:
-    """The executors of psij-python, one of each name. Its calls block and run in threads."""
+class _NoPolling:
+    """Takes the place of psij-python's polling thread, which loses jobs: BatchExecutors looks."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._loop = asyncio.get_running_loop()
-        self._lock = threading.Lock()             # one import, one instance of each
-        self._executors: Dict[str, Any] = {}      # by name; guarded by _lock
-        self._handles: Dict[str, Any] = {}        # psij's jobs, by job_id; the loop's
-        self.jobs: Dict[str, Job] = {}            # by job_id; the loop's
+    def register_job(self, job: Any) -> None:
+        """Do nothing."""
 
-    async def open(self) -> None:
-        """Find the jobs of earlier processes: what became of them is not known."""
-        for record in await asyncio.to_thread(self._load):
-            job = Job(record["job_id"], record["sid"], record["executor"], record["spec"],
-                      self._folder / record["job_id"])
-            job.stdout, job.stderr = Path(record["stdout"]), Path(record["stderr"])
-            job.native_id, job.state = record.get("native_id"), record.get("state", "UNKNOWN")
-            job.exit_code, job.message = record.get("exit_code"), record.get("message")
-            if not job.is_final:
-                job.state = "UNKNOWN"
-                job.message = "the edge was restarted: ask the batch system about the native id"
-            self.jobs[job.job_id] = job
 
-    async def submit(self, job: Job) -> None:
-        """Submit a job. Raises NotInstalled without psij-python, Unprocessable when refused."""
-        handle = await asyncio.to_thread(self._make, job)
-        self.jobs[job.job_id], self._handles[job.job_id] = job, handle
-        job.update("QUEUED")
+def _make_careful(base: Any) -> Any:
+    """Return a subclass of a batch executor of psij-python with its programs under our control."""
+
+    class CarefulExecutor(base):                  # type: ignore[misc]
+        """Writes scripts and submits as psij-python does; nobody polls, nothing hangs."""
+
+        def _start_queue_poll_thread(self) -> Any:
+            return _NoPolling()
+
+        def _ensure_work_dir(self) -> None:       # scripts have the job's environment in them
+            self.work_directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+        def _run_command(self, command: List[str]) -> str:
+            result = run_scheduler(command)
+            if result.status != 0:
+                raise subprocess.CalledProcessError(result.status, command, output=result.words)
+            return result.stdout
+
+        def job_id_from_submit_output(self, out: str) -> str:
+            match = re.search("Submitted batch job ([0-9]+)", out)       # "... on cluster c1"
+            try:
+                native_id = match[1] if match else super().job_id_from_submit_output(out)
+            except Exception:                     # psij-python's own
+                native_id = ""
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._\[\]-]{0,127}", native_id):
+                raise SchedulerTrouble(f"{self.name} took the job, but names no job id: "
+                                       f"{out[:80]!r}")
+            return native_id
+
+        def generate_submit_script(self, job: Any, context: Dict[str, Any], file: Any) -> None:
+            given = job.spec.attributes.duration
+            if given is None and "lsf" in base.__name__.lower():
+                job.spec.attributes.duration = datetime.timedelta(minutes=1)
+            text = io.StringIO()
+            super().generate_submit_script(job, context, text)
+            job.spec.attributes.duration = given
+            file.write(repair_script(text.getvalue(), job.id, has_duration=given is not None))
+
+    return CarefulExecutor
+
+
+class BatchDriver:
+    """One executor of psij-python: submits, cancels, and asks the batch system. Its calls block.
+
+    Raises NotInstalled without psij-python, Unprocessable for a batch system that is not here.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        cls = self._load(name)
+        # not psij-python's default, which it takes from HOME when it is imported
+        root = Path(os.path.expanduser("~")) / ".psij" / "work"
+        if not _PLAIN_TEXT.fullmatch(str(root)):
+            raise Unprocessable(f"executor: {name} cannot work in {root}: its name has characters "
+                                "that job scripts cannot have")
+        from psij.executors.batch.batch_scheduler_executor import BatchSchedulerExecutorConfig
+        self._executor = cls(url=None, config=BatchSchedulerExecutorConfig(work_directory=root))
+        self.work_directory: Path = self._executor.work_directory
+        self._slots = threading.BoundedSemaphore(MAX_SUBMITTING)
+
+    def make(self, job: Job) -> Any:
+        """Return psij-python's form of a job. Raises Unprocessable, which names the field."""
+        import psij
+        check_batch_spec(job.spec, self.name)
+        paths = resolve_batch_paths(job.spec)
+        job.stdout = Path(paths.get("stdout_path", job.stdout))
+        job.stderr = Path(paths.get("stderr_path", job.stderr))
         try:
-            await asyncio.to_thread(self._get(job.executor).submit, handle)
-        except Exception as error:                # psij-python's own, and what plugins of it raise
-            del self.jobs[job.job_id], self._handles[job.job_id]
-            reason = str(getattr(error, "exception", None) or error) or type(error).__name__
-            raise Unprocessable(f"job_spec: {job.executor} refused the job: {reason}") from None
-        job.native_id = str(handle.native_id)
-        await self._store(job)
+            handle = psij.Job(self._translate(psij, job, paths))
+            self._executor._get_launcher_from_job(handle)
+        except Exception as error:                # typeguard's and psij-python's own
+            text = str(error) or type(error).__name__
+            field = "launcher" if "launcher" in text else "job_spec"
+            raise Unprocessable(f"{field}: {text}") from None
+        handle._id = job.job_id
+        return handle
 
-    async def cancel(self, job: Job) -> None:
-        """Ask the batch system to end a job; its state follows at the next poll."""
-        handle = self._handles.get(job.job_id)
-        if handle is None:
-            raise Conflict(f"the job was submitted before the edge was restarted: cancel "
-                           f"{job.native_id} with the batch system")
-        try:
-            await asyncio.to_thread(handle.cancel)
-        except Exception as error:
-            raise Unavailable(f"{job.executor} did not cancel the job: {error}") from None
+    def submit(self, handle: Any) -> str:
+        """Submit; return the native id. Raises Unprocessable with the batch system's own words.
 
-    @staticmethod
-    async def never_ran(job: Job) -> bool:
-        """Nobody knows: the scheduler may have got the job. So it is not submitted again."""
+        Raises SubmissionUnsure when nobody knows whether the job was taken.
+        """
+        with self._slots:
+            try:
+                self._executor.submit(handle)
+            except SchedulerTrouble as error:
+                raise SubmissionUnsure(error.detail) from None
+            except Exception as error:            # psij-python's own
+                reason = str(getattr(error, "exception", None) or error) or type(error).__name__
+                self.clean(handle.id, None)
+                raise Unprocessable(f"job_spec: {self.name} refused the job: {reason}") from None
+        return str(handle.native_id)
+
+    def cancel(self, native_id: str) -> None:
+        """Ask the batch system to end a job. Raises Unavailable with its own words."""
+        command = self._executor.get_cancel_command(native_id)
+        result = run_scheduler(command)
+        if result.status != 0:
+            raise Unavailable(f"{command[0]}: {result.words}")
+
+    def ask(self, native_ids: List[str]) -> Dict[str, Verdict]:
+        """Return {native id: verdict} of the jobs that the queue knows; raises SchedulerTrouble.
+
+        A program that fails for one job of several is asked for each alone.
+        """
+        found: Dict[str, Verdict] = {}
+        for begin in range(0, len(native_ids), MAX_ARGUMENT_IDS):
+            some = native_ids[begin:begin + MAX_ARGUMENT_IDS]
+            try:
+                found.update(self._ask(some))
+            except SchedulerTrouble:
+                if len(some) == 1 or len(some) > MAX_ALONE:
+                    raise
+                found.update(self._ask_alone(some))
+        return found
+
+    def ask_history(self, native_ids: List[str], since: float) -> Dict[str, Verdict]:
+        """Return {native id: verdict} of jobs that have left the queue, where that is recorded."""
+        return {}
+
+    def find(self, job_id: str, since: float) -> Optional[str]:
+        """Return the native id under which a job was submitted, None if it certainly was not.
+
+        Raises SchedulerTrouble when that cannot be told.
+        """
+        known = _read(str(self.work_directory / f"{job_id}.id"), 256).strip()
+        if known:
+            return known                          # its script has begun
+        if not (self.work_directory / f"{job_id}.job").exists():
+            return None                           # not even its script was written
+        if self.is_submitting(job_id):
+            raise SchedulerTrouble(f"{self.name}: the job is just being submitted")
+        return self._find(job_id, since)
+
+    def is_submitting(self, job_id: str) -> bool:
+        """Whether a program that submits the job runs, perhaps of an edge that was killed."""
+        script = os.fsencode(str(self.work_directory / f"{job_id}.job"))
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                if path.stat().st_uid == os.geteuid() and script in path.read_bytes():
+                    return True
+            except OSError:                       # it has just ended
+                continue
         return False
 
-    async def find_node(self, job: Job) -> str:
-        """Return the first host of a running job. Raises Unavailable while it is not known."""
-        folder = (await asyncio.to_thread(self._get, job.executor)).work_directory
-        nodes = await asyncio.to_thread(_read, str(folder / f"{job.native_id}.nodefile"))
-        if not nodes.split():                     # the job writes it as the first thing
-            raise Unavailable(f"{job.executor} has not said yet on which node the job runs")
-        return nodes.split()[0]
+    def read_exit_code(self, native_id: str) -> Optional[int]:
+        """Return what a job's script wrote down at its end; None if there is nothing."""
+        text = _read(str(self.work_directory / f"{native_id}.ec"), 64).strip()
+        return int(text) if re.fullmatch("[0-9]{1,3}", text) else None
 
-    async def forget(self, job: Job) -> None:
-        """Delete what is stored of a finished job."""
-        if job.is_final and self.jobs.pop(job.job_id, None) is not None:
-            self._handles.pop(job.job_id, None)
-            await asyncio.to_thread(shutil.rmtree, job.folder, True)
+    def read_trouble(self, native_id: str) -> Optional[str]:
+        """Return what the launcher complained of, such as a failing pre_launch script."""
+        text = _read(str(self.work_directory / f"{native_id}.out"), 65536)
+        lines = [line for line in text.split("\n")
+                 if line.strip() and "_PSI_J_LAUNCHER_DONE" not in line]
+        return None if "_PSI_J_LAUNCHER_DONE" in text else "\n".join(lines)[-1000:] or None
 
-    def _get(self, name: str) -> Any:
-        """Return the executor of this name. Blocks; raises NotInstalled or Unprocessable."""
-        with self._lock:
-            if name not in self._executors:
-                self._executors[name] = self._open_executor(name)
-            return self._executors[name]
+    def find_node(self, native_id: str) -> Optional[str]:
+        """Return the first host of a running job; None while that is not known."""
+        nodes = _read(str(self.work_directory / f"{native_id}.nodefile"), 65536).split()
+        return nodes[0] if nodes else None
 
-    def _open_executor(self, name: str) -> Any:
+    def clean(self, job_id: str, native_id: Optional[str]) -> None:
+        """Delete psij-python's files of a job."""
+        names = [f"{job_id}.job", f"{job_id}.id"]
+        if native_id:
+            names += [f"{native_id}.{suffix}" for suffix in ("ec", "ec.new", "out", "nodefile")]
+        for name in names:
+            with contextlib.suppress(OSError):
+                (self.work_directory / name).unlink()
+
+    # -- inside
+
+    @staticmethod
+    def _load(name: str) -> Any:
+        if name not in _PSIJ_CLASSES:
+            raise Unprocessable(f"executor: there is no {name[:80]!r}; there are: local, "
+                                f"{', '.join(_PSIJ_CLASSES)}")
         try:
             import psij
         except ImportError:
             raise NotInstalled(f"executor: {name!r} needs psij-python on the edge: "
                                "pip install psij-python") from None
-        known = psij.JobExecutor.get_executor_names()
-        if name not in known:
-            raise Unprocessable(f"executor: there is no {name!r}; there are: local, "
-                                f"{', '.join(sorted(set(known) - {'local'}))}")
-        missing = [program for program in _SUBMIT_PROGRAMS.get(name, ())
-                   if not shutil.which(program)]
+        missing = [program for program in _SUBMIT_PROGRAMS[name] if not shutil.which(program)]
         if missing:
             raise Unprocessable(f"executor: {name} is not on this machine: there is no "
                                 f"{' and no '.join(missing)}")
         try:
-            instance = psij.JobExecutor.get_instance(name)
-            config = type(instance.config)() if instance.config is not None else None
-            if hasattr(config, "queue_polling_interval"):
-                config.queue_polling_interval = QUEUE_POLL_S
-                config.initial_queue_polling_delay = 1
-                instance = psij.JobExecutor.get_instance(name, config=config)
-            return instance
-        except Exception as error:
-            raise Unprocessable(f"executor: {name} cannot be used here: {error}") from None
+            base = getattr(importlib.import_module(f"{psij.__name__}.executors.batch."
+                                                   f"{_PSIJ_CLASSES[name][0]}"),
+                           _PSIJ_CLASSES[name][1])
+        except (ImportError, AttributeError) as error:
+            raise NotInstalled(f"executor: this psij-python has no {name}: {error}") from None
+        cls = _make_careful(base)
+        cls._NAME_, cls._VERSION_ = name, getattr(base, "_VERSION_", None)   # see get_instance()
+        return cls
 
-    def _make(self, job: Job) -> Any:
-        """Return psij's description of a job, with a callback for its states. Blocks."""
-        self._get(job.executor)
-        import psij
-        job.folder.mkdir(parents=True, mode=0o700)
+    def _ask(self, native_ids: List[str]) -> Dict[str, Verdict]:
+        command = self._executor.get_status_command(native_ids)
+        result = run_scheduler(command)
         try:
-            handle = psij.Job(self._translate(psij, job))
-        except Unprocessable:
-            raise
-        except Exception as error:                # typeguard's and psij's own
-            raise Unprocessable(f"job_spec: {error or type(error).__name__}") from None
-        handle._id = job.job_id
-        handle.set_job_status_callback(
-            lambda _job, status: self._loop.call_soon_threadsafe(self._on_status, job, status))
-        return handle
+            found = self._parse(result)
+        except Exception as error:                # psij-python's own; garbage was printed
+            raise SchedulerTrouble(f"{command[0]} printed what cannot be read "
+                                   f"({type(error).__name__})") from None
+        if not found and result.status != 0 and not self._is_unknown_job(result):
+            raise SchedulerTrouble(f"{command[0]}: {result.words}")
+        return found
+
+    def _ask_alone(self, native_ids: List[str]) -> Dict[str, Verdict]:
+        found: Dict[str, Verdict] = {}
+        trouble: Optional[SchedulerTrouble] = None
+        for native_id in native_ids:
+            try:
+                found.update(self._ask([native_id]))
+            except SchedulerTrouble as error:     # of this job alone
+                trouble = error
+                found[native_id] = Verdict("UNKNOWN", error.detail)
+        if trouble is not None and all(item.state == "UNKNOWN" for item in found.values()):
+            raise trouble
+        return found
+
+    def _parse(self, result: ProgramResult) -> Dict[str, Verdict]:
+        statuses = self._executor.parse_status_output(0, result.stdout)
+        return {native_id: Verdict(status.state.name, status.message)
+                for native_id, status in statuses.items()}
 
     @staticmethod
-    def _translate(psij: Any, job: Job) -> Any:
+    def _is_unknown_job(result: ProgramResult) -> bool:
+        """Whether a program failed only because the jobs have left the queue."""
+        return re.search("unknown job|not found|invalid job id|no matching job|has finished",
+                         result.words, re.IGNORECASE) is not None
+
+    def _find(self, job_id: str, since: float) -> Optional[str]:
+        raise SchedulerTrouble(f"the edge was killed while it submitted: whether {self.name} has "
+                               f"got the job of the script {job_id}.job cannot be told")
+
+    def _translate(self, psij: Any, job: Job, paths: Dict[str, str]) -> Any:
         spec, given = job.spec, dict(job.spec["attributes"])
-        if job.executor == "pbs":
-            for name in {"gpu_cores_per_process", "cpu_cores_per_process"} & set(spec["resources"]):
-                raise Unprocessable(f"resources.{name}: psij-python drops it for PBS; ask for it "
-                                    "with the custom attribute pbs.l")
-        if "name" in spec and job.executor in _NAME_OPTIONS:     # psij-python itself drops it
-            given["custom_attributes"] = {_NAME_OPTIONS[job.executor]: spec["name"],
-                                          **given.get("custom_attributes", {})}
-        if "duration" in given:
-            given["duration"] = datetime.timedelta(seconds=given["duration"])
-        job.stdout = Path(spec.get("stdout_path", job.stdout))
-        job.stderr = Path(spec.get("stderr_path", job.stderr))
-        plain = {name: spec[name] for name in (
-            "executable", "arguments", "name", "inherit_environment", "environment", "pre_launch",
-            "post_launch", "launcher") if name in spec}
-        paths = {name: Path(spec[name]).expanduser() for name in ("directory", "stdin_path")
-                 if name in spec}
-        resources = psij.ResourceSpecV1(**spec["resources"]) if spec["resources"] else None
-        return psij.JobSpec(**plain, **paths, stdout_path=job.stdout, stderr_path=job.stderr,
-                            resources=resources, attributes=psij.JobAttributes(**given))
+        given["custom_attributes"] = self._custom_attributes(job)
+        duration = given.pop("duration", None)
+        plain = {name: spec[name] for name in ("inherit_environment", "launcher") if name in spec}
+        plain.update({name: Path(paths[name]) for name in (
+            "directory", "stdin_path", "pre_launch", "post_launch") if name in paths})
+        executable, arguments = os.path.expanduser(spec["executable"]), spec.get("arguments", [])
+        stderr = job.stderr
+        if job.stderr == job.stdout:              # opened twice, each would write over the other
+            arguments = ["-c", 'exec "$@" 2>&1', "radical-edge-job", executable, *arguments]
+            executable, stderr = "/bin/sh", Path(os.devnull)
+        environment = {name: str(value) for name, value in spec.get("environment", {}).items()}
+        made = psij.JobSpec(
+            executable=executable, arguments=arguments, stdout_path=job.stdout, stderr_path=stderr,
+            environment=environment, attributes=psij.JobAttributes(**given), **plain,
+            resources=psij.ResourceSpecV1(**spec["resources"]) if spec["resources"] else None)
+        # psij-python's own default is 10 minutes: without a duration the queue's default counts
+        made.attributes.duration = None if duration is None else \
+            datetime.timedelta(seconds=math.ceil(duration / self.seconds) * self.seconds)
+        return made
 
-    def _on_status(self, job: Job, status: Any) -> None:
-        """Take psij's word, but for a success of which there is no exit code."""
-        state, message = status.state.name, status.message
-        if state == "COMPLETED" and status.exit_code is None:
-            state, message = "UNKNOWN", "the job left the queue without an exit code"
-        if state != "NEW" and job.update(state, message=message, exit_code=status.exit_code):
-            asyncio.ensure_future(self._store(job))
+    seconds = 1                                   # of which walltimes are multiples
 
-    async def _store(self, job: Job) -> None:
+    def _custom_attributes(self, job: Job) -> Dict[str, Any]:
+        """Return the custom attributes with the job's name, which psij-python itself drops."""
+        given = job.spec["attributes"].get("custom_attributes", {})
+        found = {name: value if isinstance(value, bool) else str(value)
+                 for name, value in given.items() if value is not False}
+        option = _NAME_OPTIONS.get(self.name)
+        if option and option not in found:
+            name = job.spec.get("name") or os.path.basename(job.spec["executable"])
+            found[option] = re.sub(r"[^A-Za-z0-9_.+-]", "_", name)[:64] or "job"
+        return found
+
+
+class SlurmDriver(BatchDriver):
+    """Slurm, of any version that has squeue -o; accounting is used where there is some."""
+
+    def ask_history(self, native_ids: List[str], since: float) -> Dict[str, Verdict]:
+        """Return what scontrol and sacct say of jobs; whichever is not there says nothing."""
+        found: Dict[str, Verdict] = {}
+        for begin in range(0, len(native_ids), MAX_ARGUMENT_IDS):
+            some = native_ids[begin:begin + MAX_ARGUMENT_IDS]
+            command = ["sacct", "-n", "-P", "-X", "-j", ",".join(some), "-o",
+                       "JobIDRaw,State,ExitCode", "-S", self._format_time(since)]
+            with contextlib.suppress(SchedulerTrouble):
+                found.update(parse_sacct(run_scheduler(command).stdout))
+        for native_id in [item for item in native_ids if item not in found][:MAX_ALONE]:
+            with contextlib.suppress(SchedulerTrouble):
+                found.update(parse_scontrol_job(
+                    run_scheduler(["scontrol", "-o", "show", "job", native_id]).stdout))
+        return {native_id: verdict for native_id, verdict in found.items()
+                if verdict.state in FINAL_STATES}
+
+    def find_node(self, native_id: str) -> Optional[str]:
+        """Return the host where the job's script runs, as squeue said last, or its node file."""
+        return self._nodes.get(native_id) or super().find_node(native_id)
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._nodes: Dict[str, str] = {}          # by native id; replaced as a whole
+
+    def ask(self, native_ids: List[str]) -> Dict[str, Verdict]:
+        """Return {native id: verdict} of what squeue lists; raises SchedulerTrouble."""
+        rows = self._squeue("%A|%T|%B|%r")
+        found = parse_squeue(rows)
+        if rows.strip() and not found:
+            raise SchedulerTrouble(f"squeue printed what cannot be read: {rows.strip()[:80]!r}")
+        self._nodes = {native_id: verdict.node for native_id, verdict in found.items()
+                       if verdict.node}
+        return {native_id: found[native_id] for native_id in native_ids if native_id in found}
+
+    def _find(self, job_id: str, since: float) -> Optional[str]:
+        name = f"/{job_id}.job"
+        for line in self._squeue("%A|%o").splitlines():          # %o: the script
+            native_id, _, command = line.strip().partition("|")
+            if command.strip().endswith(name):
+                return native_id
+        with contextlib.suppress(SchedulerTrouble):              # it may have left the queue
+            result = run_scheduler(["sacct", "-n", "-P", "-X", "-o", "JobIDRaw,SubmitLine", "-S",
+                                    self._format_time(since)])
+            for line in result.stdout.splitlines():
+                native_id, _, command = line.strip().partition("|")
+                if name in command:
+                    return native_id
+        return None
+
+    @staticmethod
+    def _squeue(fields: str) -> str:
+        user = pwd.getpwuid(os.geteuid()).pw_name
+        result = run_scheduler(["squeue", "-h", "-t", "all", "-u", user, "-o", fields])
+        if result.status != 0:
+            raise SchedulerTrouble(f"squeue: {result.words}")
+        return result.stdout
+
+    @staticmethod
+    def _format_time(since: float) -> str:
+        return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since - 3600))
+
+
+class PBSDriver(BatchDriver):
+    """PBS Pro and its like, by the JSON of qstat."""
+
+    def _parse(self, result: ProgramResult) -> Dict[str, Verdict]:
+        found = parse_qstat(result.stdout)
+        if result.stdout.strip() and not found and not self._is_unknown_job(result):
+            raise ValueError("no JSON of qstat")
+        self._nodes.update({native_id: verdict.node for native_id, verdict in found.items()
+                            if verdict.node})
+        return found
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._nodes: Dict[str, str] = {}          # by native id
+
+    def find_node(self, native_id: str) -> Optional[str]:
+        """Return the first host that qstat named last."""
+        return self._nodes.get(native_id)         # the node file is on the node
+
+    def _custom_attributes(self, job: Job) -> Dict[str, Any]:
+        found = super()._custom_attributes(job)
+        found["pbs.N"] = re.sub("^[^A-Za-z]", "j", found["pbs.N"])[:15]      # as older ones want
+        return found
+
+
+class LSFDriver(BatchDriver):
+    """LSF, by the JSON of bjobs, and with walltimes in minutes."""
+
+    seconds = 60
+
+    def _parse(self, result: ProgramResult) -> Dict[str, Verdict]:
+        found = parse_bjobs(result.stdout)
+        if result.stdout.strip() and "RECORDS" not in result.stdout and \
+                not self._is_unknown_job(result):
+            raise ValueError("no JSON of bjobs")
+        return found
+
+
+_DRIVERS = {"slurm": SlurmDriver, "pbs": PBSDriver, "lsf": LSFDriver}
+
+
+class BatchExecutors:
+    """The jobs of all batch systems, and who looks after them. On one loop.
+
+    folder/<job_id>/batch.json holds all that is known of a job: written before it is submitted, and
+    before anything of it is told. The drivers' calls run in threads.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()             # one import, one driver of each name
+        self._drivers: Dict[str, BatchDriver] = {}               # by name; guarded by _lock
+        self.jobs: Dict[str, Job] = {}            # by job_id; the loop's
+        self._submitting: Dict[str, "asyncio.Task[None]"] = {}   # by job_id
+        self._pollers: Dict[str, "asyncio.Task[None]"] = {}      # by executor name
+        self._wake: Dict[str, asyncio.Event] = {}                # by executor name
+        self._ended_since: Dict[str, float] = {}  # monotonic, by job_id
+
+    async def open(self) -> None:
+        """Find the jobs of earlier processes and go on looking after those that live."""
+        for record in await asyncio.to_thread(self._load):
+            job = Job(record["job_id"], record["sid"], record["executor"], record["spec"],
+                      self._folder / record["job_id"])
+            for name in ("native_id", "state", "exit_code", "message", "submitted", "unsure_until"):
+                setattr(job, name, record.get(name, getattr(job, name)))
+            job.stdout, job.stderr = Path(record["stdout"]), Path(record["stderr"])
+            job.time = record.get("time", job.time)
+            self.jobs[job.job_id] = job
+            if not job.is_final:
+                self._look_after(job.executor)
+
+    def close(self) -> None:
+        """Stop looking; the jobs go on."""
+        for task in [*self._pollers.values(), *self._submitting.values()]:
+            task.cancel()
+
+    async def submit(self, job: Job) -> None:
+        """Submit a job. Raises NotInstalled without psij-python, Unprocessable when refused.
+
+        Raises SubmissionUnsure when the batch system did not answer in time; it is found out later.
+        """
+        driver = await asyncio.to_thread(self._get, job.executor)
+        handle = await asyncio.to_thread(driver.make, job)
+        self.jobs[job.job_id] = job
+        task = asyncio.ensure_future(self._submit(driver, job, handle))
+        self._submitting[job.job_id] = task
+        task.add_done_callback(lambda _: self._submitting.pop(job.job_id, None))
+        await asyncio.shield(task)                # whoever waits may go away; the job is submitted
+
+    async def cancel(self, job: Job) -> None:
+        """Ask the batch system to end a job; its state follows soon."""
+        if job.native_id is None:
+            raise Conflict("the batch system has not said yet whether it has got the job: look "
+                           "again")
+        driver = await asyncio.to_thread(self._get, job.executor)
+        await asyncio.to_thread(driver.cancel, job.native_id)
+        self._look_after(job.executor)
+
+    async def never_ran(self, job: Job) -> bool:
+        """Whether the job was certainly not submitted, so that it may be, with the same id.
+
+        Raises SchedulerTrouble when that cannot be told now.
+        """
+        if job.job_id in self._submitting:
+            await asyncio.wait([self._submitting[job.job_id]])
+        if job.native_id is None and job.job_id in self.jobs:
+            driver = await asyncio.to_thread(self._get, job.executor)
+            await self._settle(driver, job)
+            if job.native_id is None and not job.is_final:
+                raise SchedulerTrouble("whether the job was submitted is not known yet: look again")
+        return job.native_id is None
+
+    async def find_node(self, job: Job) -> str:
+        """Return the first host of a running job. Raises Unavailable while it is not known."""
+        driver = await asyncio.to_thread(self._get, job.executor)
+        node = await asyncio.to_thread(driver.find_node, job.native_id)
+        if node is None:
+            raise Unavailable(f"{job.executor} has not said on which node the job runs")
+        return node
+
+    async def forget(self, job: Job) -> None:
+        """Delete what is stored of a job that is over."""
+        if job.is_over and self.jobs.pop(job.job_id, None) is not None:
+            await asyncio.to_thread(shutil.rmtree, job.folder, True)
+
+    # -- submitting
+
+    async def _submit(self, driver: BatchDriver, job: Job, handle: Any) -> None:
+        try:
+            await asyncio.to_thread(shutil.rmtree, job.folder, True)     # if it never ran before
+            await asyncio.to_thread(lambda: job.folder.mkdir(parents=True, mode=0o700))
+            job.submitted = time.time()
+            await self._store(job)                # first: a killed edge must find it again
+            job.native_id = await asyncio.to_thread(driver.submit, handle)
+        except SubmissionUnsure as error:
+            log_psij.error("%s: %s", job.job_id, error.detail)
+            job.note, job.unsure_until = error.detail, time.time() + UNSURE_S
+            await self._store(job)
+            self._look_after(job.executor)
+            raise
+        except Exception:
+            self.jobs.pop(job.job_id, None)
+            raise
+        await self._take(job, Verdict("QUEUED"))
+        self._look_after(job.executor)
+
+    async def _settle(self, driver: BatchDriver, job: Job) -> None:
+        """Find out what became of a submission that nobody saw the end of."""
+        if job.job_id in self._submitting:
+            return
+        try:
+            native_id = await asyncio.to_thread(driver.find, job.job_id, job.submitted)
+        except SchedulerTrouble as error:
+            job.note = error.detail
+            if time.time() > job.submitted + UNSURE_S and job.state != "UNKNOWN":
+                await self._take(job, Verdict("UNKNOWN", error.detail))
+            return
+        if native_id is not None:
+            job.native_id = native_id
+            await self._take(job, Verdict("QUEUED"))
+        elif time.time() > job.unsure_until:
+            await self._take(job, Verdict("FAILED", "it was not submitted: the edge ended, or the "
+                                                    "batch system did not answer"))
+
+    # -- looking
+
+    def _look_after(self, name: str) -> None:
+        """See to it that the jobs of an executor are looked at, and soon."""
+        self._wake.setdefault(name, asyncio.Event()).set()
+        if name not in self._pollers:
+            self._pollers[name] = asyncio.ensure_future(self._poll(name))
+
+    async def _poll(self, name: str) -> None:
+        failures = 0
+        try:
+            while True:
+                live = [job for job in self.jobs.values() if job.executor == name and
+                        not job.is_over]
+                if not live:
+                    return
+                failures = 0 if await self._try_look(name, live, failures) else failures + 1
+                await self._pause(name, min(QUEUE_POLL_S * 2 ** failures, TROUBLE_S))
+        finally:
+            del self._pollers[name]
+
+    async def _try_look(self, name: str, live: List[Job], failures: int) -> bool:
+        """Look once; return whether that worked. Jobs are as they are: that is no end of any."""
+        try:
+            await self._look(await asyncio.to_thread(self._get, name), live)
+            return True
+        except EdgeError as error:
+            detail = error.detail
+        except Exception as error:                # ours; the jobs must be looked at all the same
+            log_psij.exception("%s: looking at the queue failed", name)
+            detail = str(error)
+        for job in live:
+            job.note = f"not up to date: {detail}"
+        if failures & (failures + 1) == 0:        # the first, the second, the fourth ... in a row
+            log_psij.warning("%s: the queue cannot be read: %s", name, detail)
+        return False
+
+    async def _pause(self, name: str, seconds: float) -> None:
+        """Wait until the next look; not so long when something was submitted or cancelled."""
+        wake = self._wake[name]
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(wake.wait(), seconds)
+        if wake.is_set():
+            wake.clear()
+            await asyncio.sleep(min(SOON_S, seconds))
+
+    async def _look(self, driver: BatchDriver, live: List[Job]) -> None:
+        for job in [job for job in live if job.native_id is None]:
+            await self._settle(driver, job)
+        known = [job for job in live if job.native_id is not None]
+        if not known:
+            return
+        said = await asyncio.to_thread(driver.ask, [job.native_id for job in known])
+        ended = []
+        for job in known:
+            verdict = said.get(job.native_id)
+            if verdict is None or verdict.state in FINAL_STATES:
+                ended.append((job, verdict))
+            else:
+                self._ended_since.pop(job.job_id, None)
+                job.note = verdict.message
+                if verdict.state != "UNKNOWN":
+                    await self._take(job, verdict._replace(message=None, exit_code=None))
+        await self._conclude(driver, ended)
+
+    async def _conclude(self, driver: BatchDriver,
+                        ended: List[Tuple[Job, Optional[Verdict]]]) -> None:
+        """Find out how jobs that run no more have ended."""
+        codes = {job: await asyncio.to_thread(driver.read_exit_code, job.native_id)
+                 for job, _ in ended}
+        asked = [job for job, verdict in ended if codes[job] is None and (
+            verdict is None or verdict.exit_code is None and verdict.state != "CANCELED")]
+        history = await asyncio.to_thread(
+            driver.ask_history, [job.native_id for job in asked],
+            min(job.submitted for job in asked)) if asked else {}
+        for job, verdict in ended:
+            past = history.get(job.native_id)
+            if past is not None:                  # it has the exit code, the queue the words
+                message = verdict.message if verdict else None
+                verdict = past._replace(message=past.message or message)
+            since = self._ended_since.setdefault(job.job_id, time.monotonic())
+            last = conclude(verdict, codes[job], time.monotonic() - since)
+            if last is not None:
+                await self._end(driver, job, last)
+
+    async def _end(self, driver: BatchDriver, job: Job, last: Verdict) -> None:
+        if last.state == "FAILED" and last.message is None:
+            text = await asyncio.to_thread(driver.read_trouble, job.native_id)
+            last = last._replace(message=text)
+        job.gone = True
+        await self._take(job, last)
+        self._ended_since.pop(job.job_id, None)
+        if job.is_final:                          # stored: nothing else is needed any more
+            await asyncio.to_thread(driver.clean, job.job_id, job.native_id)
+
+    async def _take(self, job: Job, verdict: Verdict) -> None:
+        """Give a job a state that is told only after it was stored."""
+        if job.is_final or (verdict.state, verdict.message) == (job.state, job.message):
+            return
+        await self._store(job, verdict)
+        if verdict.state == job.state:
+            job.message = verdict.message
+        else:
+            job.update(verdict.state, message=verdict.message, exit_code=verdict.exit_code)
+        job.note = None if job.is_over else job.note
+
+    # -- files and drivers
+
+    def _get(self, name: str) -> BatchDriver:
+        """Return the driver of this name. Blocks; raises NotInstalled or Unprocessable."""
+        with self._lock:
+            if name not in self._drivers:
+                kind = name if name in _DRIVERS else "pbs" if name == "pbs_classic" else ""
+                self._drivers[name] = _DRIVERS.get(kind, BatchDriver)(name)
+            return self._drivers[name]
+
+    async def _store(self, job: Job, verdict: Optional[Verdict] = None) -> None:
+        state = verdict or Verdict(job.state, job.message, job.exit_code)
         record = {"job_id": job.job_id, "sid": job.sid, "executor": job.executor, "spec": job.spec,
-                  "native_id": job.native_id, "state": job.state, "exit_code": job.exit_code,
-                  "message": job.message, "stdout": str(job.stdout), "stderr": str(job.stderr)}
-        await asyncio.to_thread(write_private, job.folder / "batch.json",
-                                json.dumps(record))
+                  "native_id": job.native_id, "state": state.state, "exit_code": state.exit_code,
+                  "message": state.message, "stdout": str(job.stdout), "stderr": str(job.stderr),
+                  "submitted": job.submitted, "unsure_until": job.unsure_until,
+                  "time": time.time() if verdict else job.time}
+        try:
+            await asyncio.to_thread(write_private, job.folder / "batch.json", json.dumps(record))
+        except OSError as error:                  # the disk is full
+            if job.native_id is None:             # it is not submitted: all or nothing
+                raise Unavailable(f"the job cannot be written down: {error}") from None
+            log_psij.error("%s: the state cannot be written: %s", job.job_id, error)
 
     def _load(self) -> List[Dict[str, Any]]:
         records = [_json_object(_read(str(path))) for path in self._folder.glob("*/batch.json")]
-        return [record for record in records if "job_id" in record]
+        needed = {"job_id", "sid", "executor", "spec", "stdout", "stderr"}
+        return [record for record in records if needed <= set(record)]
 
 
 # -- session, client, plugin
@@ -3951,7 +4758,7 @@ class BatchExecutors:
 class PSIJSession(PluginSession):
     """The jobs of one client. They outlive the edge; closing the session does not end them."""
 
-    poll_interval = float(QUEUE_POLL_S)
+    poll_interval = QUEUE_POLL_S
 
     def __init__(self, sid: str, **kwargs: Any) -> None:
         super().__init__(sid)
@@ -4021,9 +4828,10 @@ class PSIJSession(PluginSession):
         self._jobs[job_id] = job
         try:
             await executor.submit(job)
-        except Exception:                         # it did not start; a cancellation tells nothing
-            del self._jobs[job_id]
-            await asyncio.to_thread(shutil.rmtree, job.folder, True)
+        except Exception:                         # a cancellation tells nothing
+            if job_id not in executor.jobs:       # it did not start
+                del self._jobs[job_id]
+                await asyncio.to_thread(shutil.rmtree, job.folder, True)
             raise
         return {"job_id": job_id, "native_id": job.native_id}
 
@@ -4218,8 +5026,9 @@ class PluginPSIJ(Plugin):
     async def stop(self) -> None:
         """Stop watching; the jobs go on."""
         self.tunnels.close()
-        if self._local is not None:
-            self._local.close()
+        for executor in (self._local, self._batch):
+            if executor is not None:
+                executor.close()
 
     async def on_topology_change(self, edges: Dict[str, Any]) -> None:
         self.tunnels.on_topology(edges)

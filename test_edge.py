@@ -4953,7 +4953,7 @@ cp "$1" {folder}/job; echo "Submitted batch job 77"; echo 77
 (SLURM_JOB_ID=77 bash {folder}/job >/dev/null 2>&1; touch {folder}/code) >/dev/null 2>&1 &
 """,
     "squeue": """#!/bin/sh
-echo "ARRAY_JOB_ID ST REASON"; if [ ! -f {folder}/code ]; then echo "77 R None"; fi
+if [ ! -f {folder}/code ]; then echo "77|RUNNING|n1|None"; fi
 """,
     "scancel": "#!/bin/sh\nexit 0\n"}
 
@@ -4976,7 +4976,7 @@ def test_a_batch_job_goes_through_psij_python(psij, tmp_path, monkeypatch):
     job_id = value["job_id"]
     assert value["native_id"] == "77"
     script = (tmp_path / "job").read_text()
-    for line in ("--nodes=2", '--partition="debug"', '--account="a"', '--job-name="n"'):
+    for line in ("--nodes=2", '--partition="debug"', '--account="a"', '--job-name="n"', "--time=0:10:0"):
         assert line in script
     found = psij.wait(job_id)
     assert (found["state"], found["stdout"]) == ("COMPLETED", "batch\n")
