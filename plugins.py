@@ -3788,8 +3788,6 @@ def _local_command(spec: Dict[str, Any], directory: str) -> List[str]:
 QUEUE_POLL_S = 5.0             # between two looks at a queue; psij-python's own default is 30
 SOON_S = 1.0                   # after a job was submitted or cancelled
 TROUBLE_S = 60.0               # longest pause after a look that failed
-SCHEDULER_S = 60.0             # sbatch, squeue and the like may take so long
-MAX_SCHEDULER_OUTPUT = 16 * 1024 * 1024  # bytes; 200,000 jobs of squeue
 EXIT_CODE_S = 20.0             # a job's exit code may reach a shared file system so much later
 GONE_S = 60.0                  # a job of which nobody knows anything for so long is UNKNOWN
 UNSURE_S = 120.0               # after sbatch had to be killed, the job may still turn up
@@ -3818,7 +3816,7 @@ _SLURM_STATES = {
 _SLURM_WORDS = {"TIMEOUT": "the walltime was over", "OUT_OF_MEMORY": "out of memory",
                 "NODE_FAIL": "a node failed", "BOOT_FAIL": "a node did not boot",
                 "DEADLINE": "the deadline was over", "PREEMPTED": "another job took its place"}
-_PBS_STATES = {**dict.fromkeys("HMQTUWS", "QUEUED"), **dict.fromkeys("BER", "ACTIVE"),
+_PBS_JOB_STATES = {**dict.fromkeys("HMQTUWS", "QUEUED"), **dict.fromkeys("BER", "ACTIVE"),
                **dict.fromkeys("FX", "COMPLETED")}
 _PBS_CANCELED = frozenset((265, 271))             # 256 and the signal of qdel: KILL or TERM
 _LSF_STATES = {**dict.fromkeys(("PEND", "PROV", "PSUSP", "WAIT"), "QUEUED"),
@@ -3844,7 +3842,7 @@ def _slurm_verdict(state: str, reason: str = "", code: str = "", node: str = "")
                    node if is_ssh_host(node) else None)
 
 
-def parse_squeue(text: str) -> Dict[str, Verdict]:
+def parse_squeue_states(text: str) -> Dict[str, Verdict]:
     """Return {job id: verdict} of `squeue -h -o %A|%T|%B|%r`. Odd lines cost nobody else."""
     found = {}
     for line in text.splitlines():
@@ -3887,7 +3885,7 @@ def parse_qstat(text: str) -> Dict[str, Verdict]:
 
 
 def _pbs_verdict(job: Dict[str, Any]) -> Verdict:
-    state, code = _PBS_STATES.get(job["job_state"][:1], "UNKNOWN"), job.get("Exit_status")
+    state, code = _PBS_JOB_STATES.get(job["job_state"][:1], "UNKNOWN"), job.get("Exit_status")
     code = code if isinstance(code, int) else None
     message = job.get("comment") if isinstance(job.get("comment"), str) else None
     if state == "COMPLETED" and code is not None:
@@ -3948,55 +3946,15 @@ class SubmissionUnsure(Unavailable):
     """The program that submits had to be killed: the job may be there, or may come."""
 
 
-class ProgramResult(NamedTuple):
-    """What a program left: its exit status, and at most MAX_SCHEDULER_OUTPUT bytes of each."""
-    status: int
-    stdout: str
-    stderr: str
-
-    @property
-    def words(self) -> str:
-        """What it complained of, in one line."""
-        text = " ".join((self.stderr.strip() or self.stdout.strip()).split())
-        return text[-1000:] or f"it exited with {self.status} and said nothing"
-
-
-def run_scheduler(command: List[str], timeout: Optional[float] = None) -> ProgramResult:
+def run_scheduler(command: List[str]) -> Ran:
     """Run a batch system's program, with bounds for time and memory. Blocks.
 
     Raises SchedulerTrouble when it is not there, takes more than SCHEDULER_S, or prints too much.
     """
-    name, patience = command[0], timeout or SCHEDULER_S
     try:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, start_new_session=True, cwd="/",
-                                   env=_clean_environment())
-    except OSError as error:
-        raise SchedulerTrouble(f"{name} cannot be run: {error.strerror or error}") from None
-    late = threading.Event()
-    killer = threading.Timer(patience, lambda: (late.set(), _kill_group(process.pid)))
-    killer.daemon = True
-    killer.start()
-    outputs: List[bytes] = [b"", b""]
-    with process:
-        reader = threading.Thread(target=_read_bounded, args=(process, 1, outputs), daemon=True)
-        reader.start()
-        _read_bounded(process, 0, outputs)
-        reader.join()
-        process.wait()
-        killer.cancel()
-    if late.is_set():
-        raise SchedulerTrouble(f"{name} did not answer within {patience:.0f} s")
-    if max(map(len, outputs)) > MAX_SCHEDULER_OUTPUT:
-        raise SchedulerTrouble(f"{name} prints more than {MAX_SCHEDULER_OUTPUT >> 20} MiB")
-    return ProgramResult(process.returncode, *(item.decode(errors="replace") for item in outputs))
-
-
-def _read_bounded(process: "subprocess.Popen[bytes]", index: int, outputs: List[bytes]) -> None:
-    """Read a program's output; end the program when that is too much."""
-    outputs[index] = (process.stdout, process.stderr)[index].read(MAX_SCHEDULER_OUTPUT + 1)
-    if len(outputs[index]) > MAX_SCHEDULER_OUTPUT:
-        _kill_group(process.pid)
+        return run_program(command, SCHEDULER_S, MAX_SCHEDULER_OUTPUT, _clean_environment())
+    except EdgeError as error:
+        raise SchedulerTrouble(error.detail) from None
 
 
 # -- batch systems: the scripts that psij-python writes
@@ -4129,9 +4087,10 @@ def _make_careful(base: Any) -> Any:
 
         def _run_command(self, command: List[str]) -> str:
             result = run_scheduler(command)
-            if result.status != 0:
-                raise subprocess.CalledProcessError(result.status, command, output=result.words)
-            return result.stdout
+            if result.code != 0:
+                raise subprocess.CalledProcessError(
+                    result.code, command, output=scheduler_error(command[0], result).detail)
+            return result.output
 
         def job_id_from_submit_output(self, out: str) -> str:
             match = re.search("Submitted batch job ([0-9]+)", out)       # "... on cluster c1"
@@ -4212,8 +4171,8 @@ class BatchDriver:
         """Ask the batch system to end a job. Raises Unavailable with its own words."""
         command = self._executor.get_cancel_command(native_id)
         result = run_scheduler(command)
-        if result.status != 0:
-            raise Unavailable(f"{command[0]}: {result.words}")
+        if result.code != 0:
+            raise Unavailable(scheduler_error(command[0], result).detail)
 
     def ask(self, native_ids: List[str]) -> Dict[str, Verdict]:
         """Return {native id: verdict} of the jobs that the queue knows; raises SchedulerTrouble.
@@ -4320,8 +4279,8 @@ class BatchDriver:
         except Exception as error:                # psij-python's own; garbage was printed
             raise SchedulerTrouble(f"{command[0]} printed what cannot be read "
                                    f"({type(error).__name__})") from None
-        if not found and result.status != 0 and not self._is_unknown_job(result):
-            raise SchedulerTrouble(f"{command[0]}: {result.words}")
+        if not found and result.code != 0 and not self._is_unknown_job(result):
+            raise SchedulerTrouble(scheduler_error(command[0], result).detail)
         return found
 
     def _ask_alone(self, native_ids: List[str]) -> Dict[str, Verdict]:
@@ -4337,16 +4296,16 @@ class BatchDriver:
             raise trouble
         return found
 
-    def _parse(self, result: ProgramResult) -> Dict[str, Verdict]:
-        statuses = self._executor.parse_status_output(0, result.stdout)
+    def _parse(self, result: Ran) -> Dict[str, Verdict]:
+        statuses = self._executor.parse_status_output(0, result.output)
         return {native_id: Verdict(status.state.name, status.message)
                 for native_id, status in statuses.items()}
 
     @staticmethod
-    def _is_unknown_job(result: ProgramResult) -> bool:
+    def _is_unknown_job(result: Ran) -> bool:
         """Whether a program failed only because the jobs have left the queue."""
         return re.search("unknown job|not found|invalid job id|no matching job|has finished",
-                         result.words, re.IGNORECASE) is not None
+                         result.error + result.output[:1000], re.IGNORECASE) is not None
 
     def _find(self, job_id: str, since: float) -> Optional[str]:
         raise SchedulerTrouble(f"the edge was killed while it submitted: whether {self.name} has "
@@ -4399,11 +4358,11 @@ class SlurmDriver(BatchDriver):
             command = ["sacct", "-n", "-P", "-X", "-j", ",".join(some), "-o",
                        "JobIDRaw,State,ExitCode", "-S", self._format_time(since)]
             with contextlib.suppress(SchedulerTrouble):
-                found.update(parse_sacct(run_scheduler(command).stdout))
+                found.update(parse_sacct(run_scheduler(command).output))
         for native_id in [item for item in native_ids if item not in found][:MAX_ALONE]:
             with contextlib.suppress(SchedulerTrouble):
                 found.update(parse_scontrol_job(
-                    run_scheduler(["scontrol", "-o", "show", "job", native_id]).stdout))
+                    run_scheduler(["scontrol", "-o", "show", "job", native_id]).output))
         return {native_id: verdict for native_id, verdict in found.items()
                 if verdict.state in FINAL_STATES}
 
@@ -4418,7 +4377,7 @@ class SlurmDriver(BatchDriver):
     def ask(self, native_ids: List[str]) -> Dict[str, Verdict]:
         """Return {native id: verdict} of what squeue lists; raises SchedulerTrouble."""
         rows = self._squeue("%A|%T|%B|%r")
-        found = parse_squeue(rows)
+        found = parse_squeue_states(rows)
         if rows.strip() and not found:
             raise SchedulerTrouble(f"squeue printed what cannot be read: {rows.strip()[:80]!r}")
         self._nodes = {native_id: verdict.node for native_id, verdict in found.items()
@@ -4434,7 +4393,7 @@ class SlurmDriver(BatchDriver):
         with contextlib.suppress(SchedulerTrouble):              # it may have left the queue
             result = run_scheduler(["sacct", "-n", "-P", "-X", "-o", "JobIDRaw,SubmitLine", "-S",
                                     self._format_time(since)])
-            for line in result.stdout.splitlines():
+            for line in result.output.splitlines():
                 native_id, _, command = line.strip().partition("|")
                 if name in command:
                     return native_id
@@ -4444,9 +4403,9 @@ class SlurmDriver(BatchDriver):
     def _squeue(fields: str) -> str:
         user = pwd.getpwuid(os.geteuid()).pw_name
         result = run_scheduler(["squeue", "-h", "-t", "all", "-u", user, "-o", fields])
-        if result.status != 0:
-            raise SchedulerTrouble(f"squeue: {result.words}")
-        return result.stdout
+        if result.code != 0:
+            raise SchedulerTrouble(scheduler_error("squeue", result).detail)
+        return result.output
 
     @staticmethod
     def _format_time(since: float) -> str:
@@ -4456,9 +4415,9 @@ class SlurmDriver(BatchDriver):
 class PBSDriver(BatchDriver):
     """PBS Pro and its like, by the JSON of qstat."""
 
-    def _parse(self, result: ProgramResult) -> Dict[str, Verdict]:
-        found = parse_qstat(result.stdout)
-        if result.stdout.strip() and not found and not self._is_unknown_job(result):
+    def _parse(self, result: Ran) -> Dict[str, Verdict]:
+        found = parse_qstat(result.output)
+        if result.output.strip() and not found and not self._is_unknown_job(result):
             raise ValueError("no JSON of qstat")
         self._nodes.update({native_id: verdict.node for native_id, verdict in found.items()
                             if verdict.node})
@@ -4483,9 +4442,9 @@ class LSFDriver(BatchDriver):
 
     seconds = 60
 
-    def _parse(self, result: ProgramResult) -> Dict[str, Verdict]:
-        found = parse_bjobs(result.stdout)
-        if result.stdout.strip() and "RECORDS" not in result.stdout and \
+    def _parse(self, result: Ran) -> Dict[str, Verdict]:
+        found = parse_bjobs(result.output)
+        if result.output.strip() and "RECORDS" not in result.output and \
                 not self._is_unknown_job(result):
             raise ValueError("no JSON of bjobs")
         return found

@@ -44,6 +44,7 @@ class Site:
         self.slurm, self.home, self._bridge, self._token = slurm, home, bridge, token
         self._log = open(home / "edge.log", "ab")
         os.chmod(home / "edge.log", 0o644)
+        self.work = home.joinpath(".psij", "work", "slurm")      # psij-python's files
         self.process = None
         self.start()
         self.client = BridgeClient(bridge.url)
@@ -190,8 +191,8 @@ def test_without_a_duration_the_queues_own_default_counts(site):
 
 
 def test_every_kind_of_text_reaches_the_job_as_it_is(site):
-    texts = ["", " ", "a b", "$HOME", "`id`", "it's", 'say "x"', "back\\slash", "new\nline", "ü€😀",
-             "*", "{{mustache}}", "-n", ";", "&&"]
+    texts = ["", " ", "a b", "$HOME", "`id`", "it's", 'say "x"', "back\\slash", "new\nline",
+             "ü€😀", "*", "{{mustache}}", "-n", ";", "&&"]
     script = 'import json, os, sys; print(json.dumps([sys.argv[1:], os.environ["A"]]))'
     answer = site.psij.submit_job(
         {"executable": "python3",
@@ -285,7 +286,7 @@ def test_many_jobs_are_looked_after_by_one_squeue(site):
            for number in range(4)]
     for number, job_id in enumerate(ids):
         assert site.wait(job_id)["exit_code"] == number % 3
-    folder = site.home / ".psij/work/slurm"
+    folder = site.work
     assert folder.stat().st_mode & 0o777 == 0o700
     wait_until(lambda: not list(folder.iterdir()), WAIT_S, "the removal of the jobs' files")
 
@@ -302,7 +303,7 @@ def test_what_sbatch_refuses_is_422_with_sbatchs_words(site):
     error = site.refuse(attributes={"custom_attributes": {"slurm.nonsense": "1"}})
     assert error.status == 422 and "nonsense" in error.detail
     assert site.psij.list_jobs()["jobs"] == []
-    assert list((site.home / ".psij/work/slurm").iterdir()) == []
+    assert list(site.work.iterdir()) == []
     assert list((site.home / ".radical/edge/state/hpc/psij/jobs").iterdir()) == []
 
 
@@ -371,7 +372,7 @@ def test_the_exit_code_comes_from_accounting_when_its_file_is_lost(site):
     site.kill()
     for _, native in jobs:
         site.slurm.wait_for_job(native, "COMPLETED", "FAILED")
-    for path in (site.home / ".psij/work/slurm").glob("*.ec"):
+    for path in site.work.glob("*.ec"):
         path.unlink()
     site.start()
     assert site.wait(jobs[1][0])["exit_code"] == 7
@@ -491,12 +492,12 @@ def submit(psij):
 
 
 @pytest.mark.parametrize("trouble, words", [
-    ("sleep 600", "did not answer within 1 s"), ("echo garbage in here", "cannot be read"),
+    ("sleep 600", "takes more than 1 s"), ("echo garbage in here", "cannot be read"),
     ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1",
      "Unable to contact slurm controller"),
-    ("head -c 200000000 /dev/zero", "prints more than 16 MiB"),
-    ("while :; do echo '77|RUNNING|n1|None'; done", "prints more than 16 MiB"),
-    ("exit 9", "exited with 9 and said nothing"), ("kill -9 $$", "exited with -9")])
+    ("head -c 200000000 /dev/zero", "printed more than 16 MiB"),
+    ("while :; do echo '77|RUNNING|n1|None'; done", "printed more than 16 MiB"),
+    ("exit 9", "exit status 9"), ("kill -9 $$", "exit status -9")])
 def test_a_squeue_in_trouble_ends_no_job_and_says_what_it_is(psij, programs, monkeypatch, trouble,
                                                             words):
     monkeypatch.setattr(plugins, "SCHEDULER_S", 1.0 if "sleep" in trouble else 30.0)
@@ -566,9 +567,9 @@ def test_an_sbatch_that_hangs_is_503_and_the_job_is_found_if_it_turns_up(psij, p
     monkeypatch.setattr(plugins, "SCHEDULER_S", 2.0)
     programs(sbatch=f'echo "$1" >{tmp_path}/script; sleep 600')
     status, value = psij.try_submit("slurm", executable="/bin/true")
-    assert status == 503 and "did not answer" in value["detail"]
+    assert status == 503 and "takes more than" in value["detail"]
     (job,) = psij.get(f"list_jobs/{psij.sid}")[1]["jobs"]
-    assert job["state"] == "NEW" and job["native_id"] is None and "did not" in job["message"]
+    assert job["state"] == "NEW" and job["native_id"] is None and "takes more" in job["message"]
     assert psij.cancel(job["job_id"])[0] == 409
     script = (tmp_path / "script").read_text().strip()
     programs(squeue=f"case \"$*\" in *%o*) echo '77|{script}';; "
@@ -602,7 +603,7 @@ def test_a_scancel_that_fails_is_told_with_its_words_and_the_job_lives(psij, pro
 # ---------------------------------------------------------------------------
 
 def test_slurms_words_are_read():
-    rows = plugins.parse_squeue("12|PENDING||Resources\n13|RUNNING|n1|None\n"
+    rows = plugins.parse_squeue_states("12|PENDING||Resources\n13|RUNNING|n1|None\n"
                                 "14|TIMEOUT|n1|TimeLimit\n15|CANCELLED|n1|None\n")
     assert rows["12"] == Verdict("QUEUED", "Resources")
     assert rows["13"] == Verdict("ACTIVE", None, None, "n1")
