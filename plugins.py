@@ -67,9 +67,9 @@ import radical_edge
 from radical_edge import (BadGateway, BadRequest, BridgeURL, Conflict, ContentTooLarge,
                           DeadlineExceeded, EdgeError, FileResponse, Forbidden, HttpResponse,
                           InsufficientStorage, LoopThread, NotFound, NotInstalled, Plugin,
-                          PluginClient, PluginSession, PortFile, PreconditionFailed, ProtocolError,
-                          RELAY_NONCE, RESERVED_NAMES, Request, Response, SSH_OPTIONS,
-                          StreamingResponse, TUNNEL_MODES, Target, TooManyRequests, Unavailable,
+                          PluginClient, PluginSession, Policy, PortFile, PreconditionFailed,
+                          ProtocolError, RELAY_NONCE, RESERVED_NAMES, Request, Response,
+                          SSH_OPTIONS, StreamingResponse, TUNNEL_MODES, Target, TooManyRequests, Unavailable,
                           Unprocessable, Uplink, Workers, answer_relay, delete, encode_digest,
                           encode_json, encode_port_file, forward_option, get, home_dir, is_ssh_host,
                           is_valid_name, make_child_token, make_etag, note_for_audit,
@@ -2435,6 +2435,10 @@ def make_child(spec: Any, tunnel: Any, uplink: Uplink) -> Child:
         raise Unprocessable("job_spec.arguments: must be a list with -n or --name and the name of "
                             "the edge to start")
     said = parse_child_arguments(arguments)
+    for flag in ("--policy", "--client-key"):
+        if any(item.partition("=")[0] == flag for item in arguments):
+            raise Unprocessable(f"job_spec.arguments: {flag} is not for clients to say: an edge "
+                                "that this one starts has the rules of this one")
     name, via = said.get("name"), said.get("via")
     if not is_valid_name(name) or name in RESERVED_NAMES:
         raise Unprocessable("job_spec.arguments: must have -n or --name and a name of 1 to 64 "
@@ -2448,7 +2452,8 @@ def make_child(spec: Any, tunnel: Any, uplink: Uplink) -> Child:
     made = _make_child_spec(spec, arguments, mode, "tunnel" in said)
     given = made.get("environment")
     if given is None or isinstance(given, dict):  # otherwise parse_job_spec() says what it must be
-        made["environment"] = {**_child_environment(target, name), **(given or {})}
+        made["environment"] = {**_child_environment(target, name), **(given or {}),
+                               **uplink.inherited()}
     return Child(name, mode, str(target.url), via, made)
 
 
@@ -4778,10 +4783,13 @@ class PSIJSession(PluginSession):
 
     async def _submit(self, job_id: str, spec: Dict[str, Any],
                       executor_name: str) -> Dict[str, Any]:
+        await asyncio.to_thread(self._plugin.policy.check_job, executor_name, spec)
         executor = await self._plugin.executor(executor_name)
         known = self._jobs.get(job_id)
         if known is not None and not await executor.never_ran(known):
             return {"job_id": job_id, "native_id": known.native_id}
+        self._check_job_count(len(self._jobs))
+        note_for_audit(job=job_id, executor=executor_name, executable=spec["executable"][:256])
         job = Job(job_id, self.sid, executor_name, spec, self._plugin.jobs_dir / job_id)
         job.on_change = self._on_change
         self._jobs[job_id] = job
@@ -7482,6 +7490,18 @@ def parse_submission(body: Any, policy: TaskPolicy, name_task: Callable[[int], s
     return Submission(tasks, _check_uids(uids, where))
 
 
+def check_tasks(tasks: List[Dict[str, Any]], policy: Policy) -> None:
+    """Raise Forbidden for a task that the edge's policy does not allow."""
+    for task in tasks:
+        policy.check("executors", task["backend"])
+        if task.get("executable"):
+            settings = task.get("task_backend_specific_kwargs") or {}
+            task["executable"] = policy.check_program(task["executable"], [
+                *(settings.get("environment") or ()), *(settings.get("env") or ())])
+        elif task.get("function") and policy.restricts("executables"):
+            raise Forbidden("function: the policy of this edge allows only some executables")
+
+
 def _check_uids(uids: Any, where: str) -> List[str]:
     if not isinstance(uids, list) or not uids:
         raise Unprocessable(f"{where}: must be a list, and not an empty one")
@@ -9518,6 +9538,8 @@ class RhapsodySession(PluginSession):
         submission = await asyncio.to_thread(
             parse_submission, body, policy,
             lambda index: f"task.{hashlib.sha256(f'{seed} {index}'.encode()).hexdigest()[:16]}")
+        await asyncio.to_thread(check_tasks, submission.tasks, self._plugin.policy)
+        note_for_audit(tasks=len(submission.uids), first=submission.uids[0])
         fresh = self._drop_repeated(submission, digest)
         if fresh.uids:
             self._reserved.update(dict.fromkeys(fresh.uids, digest))
@@ -10676,9 +10698,21 @@ class LucidSession(PluginSession):
         await self._submit("pilot_submit", self._pilots, entry)
         return {"pid": entry.uid}
 
+    def _check_program(self, description: Dict[str, Any]) -> None:
+        policy = self._plugin.policy
+        policy.check("executors", "radical.pilot")
+        if policy.restricts("executables"):
+            if not description.get("executable") or description.get("pre_exec") \
+                    or description.get("post_exec"):
+                raise Forbidden("description: the policy of this edge allows only some "
+                                "executables, and no pre_exec, post_exec or functions")
+            description["executable"] = policy.check_program(description["executable"],
+                                                             description.get("environment") or ())
+
     async def task_submit(self, description: Any) -> Dict[str, Any]:
         """Submit a task; return {"tid"}. It waits for a pilot. Raises as pilot_submit() does."""
         entry = Tracked(parse_task_description(description))
+        self._check_program(entry.description)
         self._require_child()
         if self._pilots and not self.is_busy():
             raise Conflict("all pilots of the session have ended: submit another one first")

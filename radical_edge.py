@@ -96,7 +96,8 @@ __all__ = [
     "ContentTooLarge", "DeadlineExceeded", "Edge", "EdgeClient", "EdgeError", "EdgeOffline",
     "FileResponse", "Forbidden", "Gone", "HTTPException", "InsufficientStorage", "JSONResponse",
     "LengthRequired", "MethodNotAllowed", "NotFound", "NotInstalled", "Plugin", "PluginClient",
-    "PluginHost", "PluginSession", "PreconditionFailed", "ProtocolError", "Request", "Response",
+    "PluginHost", "PluginSession", "Policy", "PreconditionFailed", "ProtocolError", "Request",
+    "Response",
     "StreamingResponse", "TokenStore", "TooManyRequests", "Tunnel", "Unauthorized", "Unavailable",
     "Unprocessable", "Uplink", "call", "delete", "events", "get", "list_edges", "list_plugins",
     "main", "note_for_audit", "plugin", "post", "put", "repeatable", "write_private",
@@ -133,6 +134,7 @@ MAX_CONNECTIONS = 16_384       # open client connections
 MAX_PER_ADDRESS = 2048         # of one address; this machine's are exempt, for proxies end here
 MAX_RATE = 20_000              # requests a second with one token
 MAX_SESSIONS = 1000            # sessions of one token in one plugin
+MAX_JOBS = 10_000              # jobs of one session
 MAX_EDGES = 4096               # edges registered with one bridge, or about to
 MAX_REGISTER = 8 * 1024 * 1024  # bytes of what an edge says of itself, UI modules included
 MAX_DESCRIBED = 512 * 1024     # bytes of it that every client is told
@@ -203,6 +205,7 @@ LIMITS: Dict[str, Tuple[str, str]] = {
     "body": ("MAX_BODY", "bytes of a body that a route takes whole (413)"),
     "request-rate": ("MAX_RATE", "requests a second with one token (429)"),
     "sessions": ("MAX_SESSIONS", "sessions of one token in one plugin (429)"),
+    "jobs": ("MAX_JOBS", "jobs of one session (429)"),
     "notification": ("MAX_NOTIFICATION", "bytes of one notification (413, or dropped)"),
     "notification-rate": ("MAX_NOTIFY_RATE", "notifications a second from one edge (delayed)"),
     "registrations": ("MAX_EDGES", "edges registered with one bridge (503)"),
@@ -2668,8 +2671,8 @@ def read_signing_keys(path: Path) -> Dict[str, SigningKey]:
         if line.strip() and not line.startswith("#"):
             match = re.fullmatch(r"([A-Za-z0-9._-]{1,64}) +([A-Za-z0-9_-]{43})", line.strip())
             if match is None or match[1] in keys:
-                raise EdgeError(f"{path}, line {number}: not 'NAME KEY' as --token keygen makes it, "
-                                "or a name that was there")
+                raise EdgeError(f"{path}, line {number}: not 'NAME KEY' as --token keygen makes "
+                                "it, or a name that was there")
             keys[match[1]] = SigningKey(match[1], base64.urlsafe_b64decode(match[2] + "="))
     if not keys:
         raise EdgeError(f"{path} has no key: make one with --token keygen")
@@ -2886,6 +2889,11 @@ class Uplink:
     def open_route(self, url: BridgeURL) -> socket.socket:
         """Return a socket that leads to where a bridge listens. Blocks; raises as open_route()."""
         return (self._route or open_route)(url)
+
+    def inherited(self) -> Dict[str, str]:
+        """Return the environment that edges which this one starts must have: its own rules."""
+        return {name: os.environ[name] for name in ("RADICAL_CLIENT_KEY", "RADICAL_EDGE_POLICY")
+                if name in os.environ}
 
     def is_direct(self, url: BridgeURL) -> bool:
         """Whether other programs of this machine can simply connect to the bridge."""
@@ -3558,7 +3566,8 @@ class Counters:
                  "# TYPE radical_edge_requests_total counter"]
         for (route, status), count in sorted(self._requests.items()):
             route = route.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-            lines.append(f'radical_edge_requests_total{{route="/{route}",status="{status}"}} {count}')
+            labels = f'route="/{route}",status="{status}"'
+            lines.append(f"radical_edge_requests_total{{{labels}}} {count}")
         name, total = "radical_edge_request_seconds", 0
         lines += [f"# HELP {name} from a request's last byte of the head to its answer",
                   f"# TYPE {name} histogram"]
@@ -4212,6 +4221,141 @@ def _check_ui_fields(place: str, fields: List[Dict[str, Any]]) -> None:
                              "options_endpoint")
 
 
+# variables by which a program can be made to run another one than it is
+_LOADER_VARIABLE = re.compile(r"LD_.*|DYLD_.*|PATH|ENV|BASH_.*|IFS|GCONV_PATH|PYTHON.*|PERL.*"
+                              r"|RUBY.*|NODE_.*|JAVA_.*|_JAVA_.*|JDK_.*")
+
+
+class Policy:
+    """What an edge allows, whoever asks: its owner writes it, and the edge itself enforces it.
+
+    text: a JSON object. "plugins", "executors", "executables", "scopes" and "users" are lists of
+    patterns (as in a shell) of what is allowed, "roots" is a list of directories; without a list,
+    all is allowed. "options" is for plugins: {plugin name: anything}. source: names it in errors.
+    Raises ValueError, which names the line to fix.
+    """
+
+    LISTS = ("plugins", "executors", "executables", "roots", "scopes", "users")
+
+    def __init__(self, text: str = "{}", source: str = "the policy") -> None:
+        self._source = source
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            line = getattr(error, "lineno", 1)
+            raise ValueError(f"{source}, line {line}: not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise ValueError(f"{source}, line 1: must be a JSON object, {{...}}")
+        for name, item in value.items():
+            self._check_field(name, item, _line_of(text, name))
+        self._lists: Dict[str, List[str]] = {name: value[name] for name in self.LISTS
+                                             if name in value}
+        self._options: Dict[str, Any] = value.get("options", {})
+        self._programs = [pattern for item in self._lists.get("executables", ())
+                          for pattern in _program_patterns(item)]
+
+    @classmethod
+    def load(cls, path: Path) -> "Policy":
+        """Read a policy file. Raises ValueError, also when others can write it."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                mode = os.fstat(file.fileno()).st_mode
+                text = file.read(MAX_DESCRIBED)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--policy {path}: cannot be read: {error}") from None
+        if mode & 0o022:
+            raise ValueError(f"--policy {path}: can be written by others: chmod go-w {path}")
+        return cls(text, str(path))
+
+    @property
+    def roots(self) -> Optional[List[str]]:
+        """The directories under which files may be touched; None for no limit by this policy."""
+        return self._lists.get("roots")
+
+    def options(self, plugin_name: str) -> Any:
+        """Return what the file says to one plugin under "options", None for nothing."""
+        return self._options.get(plugin_name)
+
+    def restricts(self, kind: str) -> bool:
+        """Whether the policy has a list of this kind, such as "executables"."""
+        return kind in self._lists
+
+    def check(self, kind: str, value: Optional[str]) -> None:
+        """Raise Forbidden unless `value` is allowed: of "plugins", "executors", "scopes", "users".
+        """
+        patterns = self._lists.get(kind)
+        if patterns is not None and not any(fnmatch.fnmatchcase(value or "", pattern)
+                                            for pattern in patterns):
+            raise Forbidden(f"{kind[:-1]}: the policy of this edge does not allow {value!r}")
+
+    def check_program(self, program: str, environment: Iterable[str] = ()) -> str:
+        """Return the path of a program that may be run; `program` itself without a list of them.
+
+        A pattern must match what symbolic links lead to. environment: names of variables that are
+        set for it. Raises Forbidden, also for a variable that could make it run something else.
+        """
+        if "executables" not in self._lists:
+            return program
+        for name in environment:
+            if _LOADER_VARIABLE.fullmatch(name):
+                raise Forbidden("environment: the policy of this edge does not allow to set "
+                                f"{name}")
+        found = os.path.expanduser(program)
+        if "/" not in found:
+            places = [os.path.join(folder, found) for folder in os.get_exec_path()]
+            found = next((path for path in places
+                          if os.access(path, os.X_OK) and os.path.isfile(path)), found)
+        real = os.path.realpath(found)
+        if not os.path.isabs(found) or not any(fnmatch.fnmatchcase(real, pattern)
+                                               for pattern in self._programs):
+            raise Forbidden(f"executable: the policy of this edge does not allow {program!r}"
+                            + (f", which is {real}" if os.path.isabs(found) else
+                               ": give an absolute path"))
+        return found
+
+    def check_job(self, executor: str, spec: Dict[str, Any]) -> None:
+        """Check a job: where it is to run, and what; an executable becomes an absolute path.
+
+        spec: with "executable", and perhaps "environment", "pre_launch" and "post_launch".
+        """
+        self.check("executors", executor)
+        environment = spec.get("environment") or ()
+        for name in ("executable", "pre_launch", "post_launch"):
+            if spec.get(name):
+                spec[name] = self.check_program(spec[name], environment)
+
+    def _check_field(self, name: str, value: Any, line: int) -> None:
+        where = f"{self._source}, line {line}: {name}"
+        if name in self.LISTS:
+            if not isinstance(value, list) or not all(isinstance(item, str) and item
+                                                      for item in value):
+                raise ValueError(f'{where}: must be a list of texts, such as ["a*", "b"]')
+            if name == "scopes":
+                known = {scope.value for scope in Scope}
+                if not all(any(fnmatch.fnmatchcase(scope, item) for scope in known)
+                           for item in value):
+                    raise ValueError(f"{where}: there are only {', '.join(sorted(known))}")
+            if name in ("roots", "executables") and not all(
+                    os.path.isabs(os.path.expanduser(item)) for item in value):
+                raise ValueError(f"{where}: must be absolute paths, or begin with ~/")
+        elif name != "options":
+            raise ValueError(f"{where}: there is no such field; there are "
+                             f"{', '.join(self.LISTS)} and options")
+        elif not isinstance(value, dict):
+            raise ValueError(f'{where}: must be an object, {{"plugin": ...}}')
+
+
+def _line_of(text: str, name: str) -> int:
+    """Return the number of the line in which a field's name stands."""
+    return text[:max(0, text.find(json.dumps(name)))].count("\n") + 1
+
+
+def _program_patterns(pattern: str) -> List[str]:
+    """Return a pattern of programs, and what it leads to when it names one that is a link."""
+    full = os.path.expanduser(pattern)
+    return [full] if any(sign in full for sign in "*?[") else [full, os.path.realpath(full)]
+
+
 class PluginSession:
     """One client's state in a plugin; subclasses add methods and keyword arguments.
 
@@ -4271,6 +4415,13 @@ class PluginSession:
     def _check_active(self) -> None:
         if not self._active:
             raise Conflict("session is closed")
+
+    @staticmethod
+    def _check_job_count(count: int) -> None:
+        """Raise TooManyRequests when a session that has `count` jobs may have no more."""
+        if count >= MAX_JOBS:
+            raise TooManyRequests(f"the session has {MAX_JOBS} jobs: register another one",
+                                  limit="jobs")
 
 
 class _SessionRecord:
@@ -4360,6 +4511,11 @@ class Plugin:
     def uid(self) -> str:
         """A name for this object that no other has."""
         return self._uid
+
+    @property
+    def policy(self) -> Policy:
+        """What this edge allows; a plugin that runs or opens something asks it first."""
+        return self._app.state.policy
 
     @property
     def state_dir(self) -> Path:
@@ -5188,6 +5344,7 @@ class PluginHost:
     notify() returns is returned by notify() here. once: None to run again what is sent again.
     uplink: the way to the bridge, for plugins that start edges; the default is this machine's own.
     options: what the command line says to plugins, by name; they see it as app.state.options.
+    policy: what this edge allows; None for everything.
     """
 
     def __init__(self, name: str, role: str, state_dir: Path, *, bridge_url: str = "",
@@ -5195,13 +5352,17 @@ class PluginHost:
                  changed: Callable[[], None], once: Optional[OnceStore] = None,
                  audit: Optional[AuditLog] = None,
                  signatures: Optional[SignatureCheck] = None, uplink: Optional[Uplink] = None,
-                 options: Optional[Dict[str, Any]] = None) -> None:
+                 options: Optional[Dict[str, Any]] = None,
+                 policy: Optional[Policy] = None) -> None:
+        self._policy = policy or Policy()
+        self._checks_callers = self._policy.restricts("scopes") or self._policy.restricts("users")
         self.name, self._once, self._audit, self._signatures = name, once, audit, signatures
         self._notify, self._changed = notify, changed
         self._state_dir = state_dir
         state = types.SimpleNamespace(edge_name=name, role=role, state_dir=state_dir,
                                       bridge_url=bridge_url, edge_service=self,
-                                      uplink=uplink or Uplink(), options=dict(options or {}))
+                                      uplink=uplink or Uplink(), options=dict(options or {}),
+                                      policy=self._policy)
         self.app = types.SimpleNamespace(state=state)
         self._lock = threading.Lock()             # guards changes of _hosted
         self._hosted: Dict[str, _Hosted] = {}     # replaced as a whole: readers need no lock
@@ -5235,6 +5396,7 @@ class PluginHost:
         when its name is taken.
         """
         name = instance_name or factory.plugin_name
+        self._policy.check("plugins", factory.plugin_name or name)
         if name in self._hosted:
             raise Conflict(f"there is a plugin named {name!r} already: give another instance name")
         hosted = _Hosted(name)
@@ -5378,6 +5540,9 @@ class PluginHost:
                           user=incoming.headers.get("x-forwarded-user"),
                           scope=incoming.headers.get("x-forwarded-scope", ""), app=self.app,
                           reader=call_.reader)
+        if self._checks_callers:
+            self._policy.check("scopes", request.scope)
+            self._policy.check("users", request.user)
         request.path_params = params
         if call_.notes is not None:
             request.notes = call_.notes
@@ -6308,6 +6473,23 @@ class _BridgeLink:
         self._edge.request_stop()
 
 
+def _narrow(options: Dict[str, Any], policy: Optional[Policy]) -> Dict[str, Any]:
+    """Return the options for plugins with only those roots that the policy allows.
+
+    Raises ValueError for a root that lies outside of them.
+    """
+    if policy is None or policy.roots is None:
+        return options
+    allowed = [os.path.realpath(os.path.expanduser(root)) for root in policy.roots]
+    roots = [os.path.realpath(os.path.expanduser(root))
+             for root in options.get("staging_roots") or allowed]
+    for root in roots:
+        if not any(root == other or root.startswith(other.rstrip("/") + "/") for other in allowed):
+            raise ValueError(f"--staging-root {root}: the policy allows only "
+                             f"{', '.join(allowed)}")
+    return {**options, "staging_roots": roots}
+
+
 class Edge:
     """An edge: plugins on this machine, served through one or more bridges.
 
@@ -6316,8 +6498,8 @@ class Edge:
     token: None to look it up again at each connect. state_dir: where sessions and jobs are kept.
     tunnel, via: how to reach the bridge where that takes a login node; see Tunnel.
     options: for plugins, as app.state.options. client_key: a file of keys; then only requests that
-    are signed with one may change something. on_end: called, on any thread, when the bridge tells
-    the edge to end; then call stop().
+    are signed with one may change something. policy: what this edge allows; see Policy.
+    on_end: called, on any thread, when the bridge tells the edge to end; then call stop().
     """
 
     def __init__(self, urls: Union[str, Iterable[str], None] = None, name: Optional[str] = None, *,
@@ -6325,6 +6507,7 @@ class Edge:
                  cert: Optional[str] = None, state_dir: Optional[Path] = None,
                  heartbeat: float = HEARTBEAT_S, tunnel: str = "none", via: Optional[str] = None,
                  options: Optional[Dict[str, Any]] = None, client_key: Optional[str] = None,
+                 policy: Optional[Policy] = None,
                  on_end: Optional[Callable[[], None]] = None) -> None:
         self.name = name or default_edge_name()
         if not is_valid_name(self.name) or self.name in RESERVED_NAMES:
@@ -6355,12 +6538,14 @@ class Edge:
         self._lock = StateLock(self._state_dir, self.request_stop)
         self._once = OnceStore(self._state_dir / "once")
         self.audit = AuditLog(self._state_dir / "audit.jsonl")
-        self.signatures = SignatureCheck(Path(client_key).expanduser(), self._state_dir / "signatures",
-                                         self.name) if client_key else None
+        self.signatures = SignatureCheck(
+            Path(client_key).expanduser(), self._state_dir / "signatures",
+            self.name) if client_key else None
         self.host = PluginHost(self.name, ROLE_EDGE, self._state_dir, bridge_url=str(known[0].url),
                                notify=self._notify, changed=self._on_plugins_changed,
                                once=self._once, audit=self.audit, signatures=self.signatures,
-                               uplink=self.uplink, options=options)
+                               uplink=self.uplink, options=_narrow(options or {}, policy),
+                               policy=policy)
 
     @property
     def stopping(self) -> bool:
@@ -9643,6 +9828,7 @@ Run:       --bridge  --edge        the meeting point; plugins on this machine; o
   --request-timeout S  --heartbeat S  --grace S    the longest request, pings, waiting for an edge
   --limit NAME=NUMBER              change a limit, such as request-rate=100 (may be repeated)
   --client-key FILE                sign requests; of an edge: demand it  [RADICAL_CLIENT_KEY]
+  --policy FILE                    what an edge allows       [~/.radical/edge/policy.json, if there]
   --insecure  --no-auth            allow plain HTTP to other hosts; let everybody in
 Ask:       --list                  edges and plugins
   --call EDGE/PLUGIN/ROUTE [JSON]  POST with JSON, else GET; {{sid}} in ROUTE opens a session
@@ -9674,7 +9860,7 @@ def make_parser() -> argparse.ArgumentParser:
                  "--allow-pickle", "--overwrite"):
         parser.add_argument(flag, action="store_true")
     for flag in ("--url", "--cert", "--key", "--state", "--host", "--scope", "--expires",
-                 "--edges", "--log-level", "--tunnel-via", "--client-key"):
+                 "--edges", "--log-level", "--tunnel-via", "--client-key", "--policy"):
         parser.add_argument(flag)
     parser.add_argument("-n", "--name")
     # "--tunnel" alone is what edges of radical.edge 0.x give to their children
@@ -9725,11 +9911,11 @@ def _run(options: argparse.Namespace) -> int:
         os.environ["RADICAL_BRIDGE_INSECURE"] = "1"
     if options.token:
         return _run_token(options)
+    _use_client_key(options)
     if options.check:
         return _run_check(options)
     if options.bridge or options.edge:
         return _serve(options)
-    _use_client_key(options)
     if options.list:
         return _run_list(options)
     if options.call:
@@ -9917,7 +10103,7 @@ def _start_edge(options: argparse.Namespace, token: Optional[str], services: Lis
     edge = Edge(url, name, plugins=wanted, token=token, cert=cert, heartbeat=options.heartbeat,
                 state_dir=_state_dir(options, name), tunnel=options.tunnel,
                 via=options.tunnel_via, options=_plugin_options(options),
-                client_key=options.client_key or os.environ.get("RADICAL_CLIENT_KEY"),
+                client_key=os.environ.get("RADICAL_CLIENT_KEY"), policy=_find_policy(options),
                 on_end=None if services else done.set)
     edge.start()
     print(f"edge: {edge.name}, with {', '.join(sorted(edge.host.describe())) or 'no plugins'}",
@@ -9931,6 +10117,16 @@ def _plugin_options(options: argparse.Namespace) -> Dict[str, Any]:
         raise ValueError(f"--task-limit {options.task_limit}: take 1 or more")
     return {"allow_pickle": options.allow_pickle, "task_limit": options.task_limit,
             "staging_roots": options.staging_root}
+
+
+def _find_policy(options: argparse.Namespace) -> Optional[Policy]:
+    """Return the policy of --policy, RADICAL_EDGE_POLICY or ~/.radical/edge/policy.json, if any."""
+    given = options.policy or os.environ.get("RADICAL_EDGE_POLICY")
+    path = Path(given).expanduser().absolute() if given else home_dir() / "policy.json"
+    if not given and not path.exists():
+        return None
+    os.environ["RADICAL_EDGE_POLICY"] = str(path)                # for edges that this one starts
+    return Policy.load(path)
 
 
 def _state_dir(options: argparse.Namespace, name: str) -> Path:
@@ -9947,9 +10143,10 @@ def _arguments(options: argparse.Namespace) -> Dict[str, Optional[str]]:
 
 
 def _use_client_key(options: argparse.Namespace) -> None:
-    """Let all requests of this process be signed with --client-key."""
+    """Let this process, and edges that it starts, find --client-key."""
     if options.client_key:
-        os.environ["RADICAL_CLIENT_KEY"] = options.client_key
+        path = Path(options.client_key).expanduser().absolute()
+        os.environ["RADICAL_CLIENT_KEY"] = str(path)
 
 
 def _run_list(options: argparse.Namespace) -> int:
@@ -10209,7 +10406,7 @@ def _check_plugins(options: argparse.Namespace) -> bool:
     load_entry_points()
     with tempfile.TemporaryDirectory() as scratch:
         host = PluginHost("check", ROLE_EDGE, Path(scratch), notify=lambda *_: None,
-                          changed=lambda: None)
+                          changed=lambda: None, policy=_find_policy(options))
         names = select_plugins(options.plugins.split(",") if options.plugins else None)
         tried, described = host.load(names), host.describe()
         for name in tried:
