@@ -762,6 +762,7 @@ COLLECT_S = 90.0               # what needs several programs may take so long
 VERSION_S = 5.0                # to find out whether the scheduler's programs work at all
 MAX_SCHEDULER_OUTPUT = 16 * 1024 * 1024   # bytes; JSON of that size is 100 MiB of values
 MAX_ANSWERS = 64               # answers kept
+MAX_RECORDS = 100_000          # jobs, queues and allocations in them; one of a job is 2 KiB
 MAX_COLLECTING = 16            # answers being collected at once
 MAX_PROGRAMS = 4               # scheduler's programs at once: they cost the site's controller
 MAX_HOSTS = 100_000            # names in one host list
@@ -1516,6 +1517,11 @@ class _Answer(NamedTuple):
     value: Dict[str, Any]
     collected: float                              # monotonic
 
+    @property
+    def size(self) -> int:
+        """The number of records."""
+        return sum(len(records) for records in self.value.values())
+
 
 class _Run(NamedTuple):
     """A collector at work; who waits for it holds the future."""
@@ -1526,12 +1532,13 @@ class _Run(NamedTuple):
 class _Kept:
     """The last answer to a question, and who is about to replace it. _Answers' lock guards it."""
 
-    __slots__ = ("answer", "fresh_until", "running", "again")
+    __slots__ = ("answer", "fresh_until", "running", "overtaken", "again")
 
     def __init__(self) -> None:
         self.answer: Optional[_Answer] = None
         self.fresh_until = 0.0                    # monotonic
         self.running: Optional[_Run] = None
+        self.overtaken = False                    # `running` may tell what is not so any more
         self.again: Optional[_Run] = None         # starts when `running` has ended
 
 
@@ -1549,10 +1556,11 @@ class _Answers:
         # by key, the least recently asked for first; guarded by _lock
 
     def get(self, key: Tuple[Any, ...], collect: Callable[[], Dict[str, Any]],
-            force: bool = False) -> Dict[str, Any]:
+            force: bool = False, longest: float = math.inf) -> Dict[str, Any]:
         """Return the answer; with `force`, one whose collector starts from now on. Blocks.
 
-        Raises what the collector raised, DeadlineExceeded, TooManyRequests.
+        longest: seconds to wait, if less than usual. Raises what the collector raised,
+        DeadlineExceeded, TooManyRequests.
         """
         with self._lock:
             kept = self._find_locked(key)
@@ -1562,7 +1570,7 @@ class _Answers:
             last = kept.answer
         age = time.monotonic() - last.collected if last else math.inf
         usable = age < QUEUES_STALE_S
-        patience = QUEUES_PATIENCE_S if usable else COLLECT_S
+        patience = min(longest, QUEUES_PATIENCE_S if usable else COLLECT_S)
         try:
             return run.future.result(max(0.0, run.started + patience - time.monotonic()))
         except concurrent.futures.TimeoutError:
@@ -1585,20 +1593,26 @@ class _Answers:
             for key, kept in self._kept.items():
                 if key[0] == kind:
                     kept.fresh_until = 0.0
-                    kept.running = kept.running and kept.running._replace(started=-math.inf)
+                    kept.overtaken = kept.running is not None
 
     def _find_locked(self, key: Tuple[Any, ...]) -> _Kept:
         kept = self._kept.setdefault(key, _Kept())
         self._kept.move_to_end(key)
-        idle = [old for old, entry in self._kept.items() if entry.running is None and old != key]
-        for old in idle[:max(0, len(self._kept) - MAX_ANSWERS)]:
-            del self._kept[old]
+        sizes = {old: entry.answer.size if entry.answer else 0
+                 for old, entry in self._kept.items()}
+        records = sum(sizes.values())
+        for old, size in sizes.items():
+            if len(self._kept) <= MAX_ANSWERS and records <= MAX_RECORDS:
+                break
+            if old != key and self._kept[old].running is None:
+                del self._kept[old]
+                records -= size
         return kept
 
     def _start_locked(self, key: Tuple[Any, ...], kept: _Kept,
                       collect: Callable[[], Dict[str, Any]], force: bool) -> _Run:
         if kept.running is not None:
-            if not force:
+            if not force and not kept.overtaken:
                 return kept.running
             if kept.again is None:
                 kept.again = _Run(concurrent.futures.Future(), time.monotonic())
@@ -1630,9 +1644,8 @@ class _Answers:
             now = time.monotonic()
             if value is not None:
                 kept.answer = _Answer(value, now)
-                overtaken = kept.running.started < run.started     # by expire()
-                kept.fresh_until = 0.0 if overtaken else now + self._ttl
-            kept.running, kept.again = kept.again, None
+                kept.fresh_until = 0.0 if kept.overtaken else now + self._ttl
+            kept.running, kept.again, kept.overtaken = kept.again, None, False
             if kept.running is not None:
                 self._launch(key, kept, kept.running, collect)
         if problem is None:
@@ -1757,12 +1770,15 @@ class QueueInfo(abc.ABC):
     def list_jobs(self, queue: str, user: Optional[str] = None, force: bool = False,
                   state: Optional[str] = None) -> Dict[str, Any]:
         """Return {"jobs": [{JOB_FIELDS}]} of a queue. state: as parse_states(). Raises NotFound."""
+        answer = self._list_jobs(check_queue(queue), user, force, state)
+        if answer["jobs"]:
+            return answer
         with contextlib.suppress(Unavailable, BadGateway, DeadlineExceeded, TooManyRequests):
             known = self._answers.get(("info",), self._collect_info)["queues"]
-            if check_queue(queue) not in known:
+            if queue not in known:
                 raise NotFound(f"there is no queue {queue!r}; there are: "
                                f"{', '.join(sorted(known)) or 'none'}"[:1000])
-        return self._list_jobs(queue, user, force, state)
+        return answer
 
     def list_all_jobs(self, user: Optional[str] = None, force: bool = False,
                       state: Optional[str] = None) -> Dict[str, Any]:
@@ -1813,7 +1829,9 @@ class QueueInfo(abc.ABC):
     def _find_rights(self, user: str) -> Rights:
         associations: List[Dict[str, Any]] = []
         with contextlib.suppress(EdgeError):      # queues can be told without accounting
-            associations = self.list_allocations(user)["allocations"]
+            associations = self._answers.get(
+                ("allocations", user), lambda: self._collect_allocations(user),
+                longest=QUEUES_PATIENCE_S)["allocations"]
         return Rights(user, _groups_of(user), associations)
 
 
@@ -1821,6 +1839,17 @@ def _matches(job: Dict[str, Any], queue: Optional[str], user: str) -> bool:
     """Whether a job is in a queue (a pending one may be in several) and of a user."""
     return (queue is None or queue in (job["partition"] or "").split(",")) and \
         user in (EVERYONE, job["user"])
+
+
+def describe_allocation(jobs: List[Dict[str, Any]], who: str) -> Dict[str, Any]:
+    """Return what QueueInfo.job_allocation() does, of the job's record. Raises Unavailable."""
+    if not jobs or not jobs[0]["nodes"]:
+        raise Unavailable(f"{who} does not know the job's nodes")
+    job, nodes, limit = jobs[0], jobs[0]["nodes"], jobs[0]["time_limit"]
+    return {"job_id": job["job_id"], "partition": job["partition"], "n_nodes": nodes,
+            "nodelist": job["node_list"], "cpus_per_node": (job["cpus"] or 0) // nodes,
+            "gpus_per_node": job["gpus"] // nodes, "account": job["account"],
+            "job_name": job["job_name"], "runtime": None if limit == UNLIMITED else limit}
 
 
 def scheduler_error(program: str, ran: Ran) -> EdgeError:
@@ -1893,14 +1922,8 @@ class QueueInfoSlurm(QueueInfo):
             return None
         if not _JOB_ID.fullmatch(job_id):
             raise Unavailable(f"SLURM_JOB_ID is {job_id[:40]!r}, which is no job's id")
-        jobs = self._squeue_text("-t", "all", "-j", job_id)
-        if not jobs or not jobs[0]["nodes"]:
-            raise Unavailable(f"SLURM_JOB_ID is {job_id}, but squeue does not know the job's nodes")
-        job, limit = jobs[0], jobs[0]["time_limit"]
-        return {"job_id": job["job_id"], "partition": job["partition"], "n_nodes": job["nodes"],
-                "nodelist": job["node_list"], "cpus_per_node": (job["cpus"] or 0) // job["nodes"],
-                "gpus_per_node": job["gpus"] // job["nodes"], "account": job["account"],
-                "job_name": job["job_name"], "runtime": None if limit == UNLIMITED else limit}
+        return describe_allocation(self._squeue_text("-t", "all", "-j", job_id),
+                                   f"SLURM_JOB_ID is {job_id}, but squeue")
 
     # -- inside
 
@@ -2041,15 +2064,9 @@ class QueueInfoPBS(QueueInfo):
         job_id = os.environ.get("PBS_JOBID")
         if not job_id:
             return None
-        jobs = parse_pbs_jobs(self._entries("Jobs", "qstat", "-f", check_job_id(job_id)),
-                              time.time())
-        if not jobs or not jobs[0]["nodes"]:
-            raise Unavailable(f"PBS_JOBID is {job_id}, but qstat does not know the job's nodes")
-        job, limit = jobs[0], jobs[0]["time_limit"]
-        return {"job_id": job["job_id"], "partition": job["partition"], "n_nodes": job["nodes"],
-                "nodelist": job["node_list"], "cpus_per_node": (job["cpus"] or 0) // job["nodes"],
-                "gpus_per_node": job["gpus"] // job["nodes"], "account": job["account"],
-                "job_name": job["job_name"], "runtime": None if limit == UNLIMITED else limit}
+        entries = self._entries("Jobs", "qstat", "-f", check_job_id(job_id))
+        return describe_allocation(parse_pbs_jobs(entries, time.time()),
+                                   f"PBS_JOBID is {job_id}, but qstat")
 
     def _collect_info(self) -> Dict[str, Any]:
         queues = self._entries("Queue", "qstat", "-Q", "-f")
@@ -2114,6 +2131,8 @@ class QueueInfoPBS(QueueInfo):
 
     def _ask(self, program: str, *arguments: str) -> Ran:
         ran = self._run(program, *arguments, env=_clean_environment())
+        if "Unknown queue" in ran.error:
+            raise NotFound(" ".join(ran.error.split())[:200])
         if ran.code != 0:
             raise scheduler_error(program, ran)
         return ran
@@ -2325,6 +2344,7 @@ class PluginQueueInfo(Plugin):
 
     async def cancel_job(self, request: Request) -> Any:
         """Cancel a job; answer {"job_id", "status"}."""
+        note_for_audit(job=request.path_params["job_id"])
         return await self._forward(request.path_params["sid"], QueueInfoSession.cancel_job,
                                    request.path_params["job_id"])
 

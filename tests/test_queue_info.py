@@ -381,9 +381,12 @@ def test_a_job_cancelled_while_jobs_are_listed_makes_that_listing_old():
     threads, results = in_threads(1, backend.ids)
     wait_until(lambda: backend.runs == 1)
     backend.cancel_job("7")
+    later, after = in_threads(1, backend.ids)     # joins no run from before the cancellation
+    wait_until(lambda: next(iter(backend._answers._kept.values())).again is not None)
     backend.gate.set()
-    threads[0].join(20)
-    assert results == [["1"]] and backend.ids() == ["2"]
+    for thread in threads + later:
+        thread.join(20)
+    assert results == [["1"]] and after == [["2"]] and backend.ids() == ["2"]
 
 
 def test_an_old_answer_is_better_than_none_and_says_so(monkeypatch):
@@ -429,6 +432,9 @@ def test_answers_are_evicted_the_least_recently_asked_for_first(monkeypatch):
     assert backend.ids(user="d") == ["4"]         # takes the place of b's
     assert backend.ids(user="a") == ["1"] and backend.ids(user="b") == ["5"]
     assert len(backend._answers._kept) == 3
+    monkeypatch.setattr(plugins, "MAX_RECORDS", 1)           # each of them has one
+    backend.ids(user="b")
+    assert [key[2] for key in backend._answers._kept] == ["b"]
 
 
 def test_too_many_questions_at_once_are_refused(monkeypatch):
@@ -1002,6 +1008,8 @@ def test_pbs_json_that_is_none_is_replaced_by_text(programs):
     assert refused(QueueInfoPBS().list_all_jobs, "*").status == 502
     programs("qstat", "true")
     assert QueueInfoPBS().list_all_jobs("*") == {"jobs": []}
+    programs("qstat", "echo 'qstat: Unknown queue nosuch' >&2; exit 170")
+    assert refused(QueueInfoPBS().list_jobs, "nosuch").status == 404
     programs("qstat", "echo 'Connection refused' >&2; echo 'qstat: cannot connect to server pbs "
              "(errno=15010)' >&2; exit 1")
     assert refused(QueueInfoPBS().list_all_jobs, "*").status == 503

@@ -56,7 +56,7 @@ def start_edge(slurm, slurm_home, bridge, tokens):
     """Returns a function: starts an edge as a user, returns its QueueInfoClient."""
     started, clients = [], []
 
-    def start(user, **env):
+    def start(user, plugin="queue_info", **env):
         environment = slurm.environment(user, HOME=str(slurm_home(user)),
                                         RADICAL_BRIDGE_TOKEN=tokens[1]["edge"], **env)
         command = slurm.command(user, sys.executable, SCRIPT, "--edge", "--url", bridge.url,
@@ -65,7 +65,7 @@ def start_edge(slurm, slurm_home, bridge, tokens):
         wait_until(lambda: user in bridge._registry.links, 60, f"{user}'s edge")
         if not clients:
             clients.append(BridgeClient(url=bridge.url, token=tokens[1]["client"]))
-        return clients[0].get_edge_client(user).get_plugin("queue_info")
+        return clients[0].get_edge_client(user).get_plugin(plugin)
 
     yield start
     for client in clients:
@@ -249,6 +249,15 @@ def test_the_nodes_of_a_job_are_those_that_run_it(slurm, jobs):
         named.split()
     for job in (jobs["held"], "999999"):
         assert run_python(slurm, "alice", f"QueueInfoSlurm.get_job_nodes({job})") == []
+
+
+def test_a_second_cluster_is_asked_through_its_own_slurm_conf(slurm, slurm_home, jobs, start_edge):
+    conf = slurm_home("alice") / "slurm.conf"
+    conf.write_text(Path(slurm.conf).read_text())
+    second = start_edge("alice", "second", RADICAL_QUEUE_CLUSTERS=f"second={conf}",
+                        SLURM_CONF="/nowhere/slurm.conf")     # the machine's own is not there
+    assert second.backend() == "slurm"
+    assert jobs["bobs"] in {job["job_id"] for job in second.list_all_jobs("*")["jobs"]}
 
 
 def test_a_controller_that_cannot_be_reached_is_503_in_slurms_own_words(slurm, slurm_home):
