@@ -488,6 +488,89 @@ def test_events_are_filtered_paused_and_shown_whole(stage, window):
 
 
 # ---------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------
+
+def test_files_are_browsed_uploaded_downloaded_and_deleted(stage, window, tmp_path):
+    stage.start_edge("site", "-p", "staging")
+    folder = stage.home / "results"
+    folder.mkdir()
+    for number in range(300):
+        (folder / f"part-{number:03}.txt").write_text("x" * number)
+    (folder / "<img src=x onerror=window.pwned=1>.txt").write_text("harmless")
+    window.sign_in()
+    window.open("#/e/site/staging")
+    window.click(".main", "results")
+    window.find(".vrow", "<img src=x")
+    look(window, "staging")
+    assert window.run("return document.querySelectorAll('.vrow').length") < 60
+    own = tmp_path / "own data é.bin"
+    own.write_bytes(os.urandom(3_000_000))
+    window.send_file("input[type=file]", own)
+    window.find(".toast", "is uploaded")
+    assert (folder / own.name).read_bytes() == own.read_bytes()
+    window.type("input[type=search]", "own data")
+    window.click(".vrow button", "Download")
+    saved = window.downloads / own.name
+    own.rename(tmp_path / "original")
+    wait_until(lambda: saved.exists() and saved.stat().st_size == 3_000_000, 30, "the download")
+    assert saved.read_bytes() == (tmp_path / "original").read_bytes()
+    own.write_bytes(b"newer")                      # a name that is taken is asked about
+    window.send_file("input[type=file]", own)
+    window.find("dialog", "is here already")
+    window.click("dialog button", "Leave it")
+    window.send_file("input[type=file]", own)
+    window.click("dialog button", "Replace it")
+    wait_until(lambda: (folder / own.name).read_bytes() == b"newer", 20, "the newer file")
+    window.click(".vrow button", "Delete")
+    window.click(".vrow button", "Really?")
+    wait_until(lambda: not (folder / own.name).exists(), 20, "the end of the file")
+    window.type("input[type=search]", " ")
+    window.type("input[aria-label='Name of a new folder']", "new one")
+    window.click("button", "Make")
+    window.click(".vrow .main", "new one")
+    window.wait_text("This folder is empty.")
+    assert (folder / "new one").is_dir()
+    window.click("nav[aria-label=Folder] button", "results")
+    window.find(".vrow", "part-000.txt")
+
+
+def test_an_upload_shows_its_progress_and_can_be_cancelled(stage, window, tmp_path):
+    stage.start_edge("site", "-p", "staging")
+    window.sign_in()
+    window.open("#/e/site/staging")
+    window.find("nav[aria-label=Folder]")
+    window.cdp("Network.enable")
+    window.cdp("Network.emulateNetworkConditions", offline=False, latency=0,
+               downloadThroughput=-1, uploadThroughput=2_000_000)
+    large = tmp_path / "large.bin"
+    large.write_bytes(os.urandom(40_000_000))
+    window.send_file("input[type=file]", large)
+    moving = "section[aria-label='Uploading large.bin']"
+    window.find(moving, "of 40 MB")
+    done = "return document.querySelector(args[0]).querySelector('i').style.width"
+    first = window.wait(lambda: float(window.run(done, moving).rstrip("%")) > 1 and
+                        window.run(done, moving), "some progress")
+    window.wait(lambda: float(window.run(done, moving).rstrip("%")) >
+                float(first.rstrip("%")), "more progress")
+    window.click(f"{moving} button", "Cancel")
+    window.find(".toast", "cancelled")
+    window.wait(lambda: not window.run("return document.querySelector(args[0])", moving), "its end")
+    assert not (stage.home / "large.bin").exists()
+
+
+def test_a_path_that_is_not_allowed_is_refused_with_the_edge_s_words(stage, window):
+    window.expected = ["Failed to load resource: .* 40[34]"]
+    stage.start_edge("site", "-p", "staging")
+    (stage.home / "away").symlink_to("/etc")
+    window.sign_in()
+    window.open("#/e/site/staging")
+    window.click(".main", "away")
+    window.find(".error", "/etc")
+    window.find(".vrow", "away")                   # one stays where one was
+
+
+# ---------------------------------------------------------------------------
 # Plugins of others
 # ---------------------------------------------------------------------------
 
