@@ -867,6 +867,32 @@ def has_state(job: Dict[str, Any], states: Optional[FrozenSet[str]]) -> bool:
     return job["state"] in states or (job["held"] and "HELD" in states)
 
 
+_ODD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)     # of a row
+
+
+def _parse_rows(rows: Iterable[Any], parse: Callable[[Any], Any],
+                replace: Callable[[Any], Any] = lambda row: None) -> List[Any]:
+    """Return parse(row) of each row; one odd row must not cost the others.
+
+    For one that cannot be parsed there is what replace(row) returns, or nothing for None. Raises
+    what parse() did when it can parse none.
+    """
+    parsed: List[Any] = []
+    odd: List[Exception] = []
+    for row in rows:
+        try:
+            parsed.append(parse(row))
+        except _ODD as error:
+            odd.append(error)
+            parsed.append(replace(row))
+    if odd and len(odd) == len(parsed):
+        raise odd[0]
+    if odd:
+        log_queues.warning("%d of %d rows that the scheduler printed are not understood: %s: %s",
+                           len(odd), len(parsed), type(odd[0]).__name__, odd[0])
+    return [row for row in parsed if row is not None]
+
+
 # -- Slurm: text and JSON to values. Newer versions wrap numbers as {"set", "infinite", "number"},
 #    older ones print them bare, with null or the largest numbers for "not set" and "no limit".
 
@@ -1074,13 +1100,16 @@ def parse_sinfo(document: Dict[str, Any]) -> List[NodeFacts]:
     of a state, with the features of one of them.
     """
     if "sinfo" not in document:
-        return [facts for node in document["nodes"] for facts in _parse_sinfo_node(node)]
-    return [NodeFacts(row["partition"]["name"], _whole(row["nodes"].get("total")) or 0,
-                      frozenset(slurm_states(row["node"].get("state"))),
-                      _whole(row["cpus"].get("maximum")) or 0,
-                      _whole(row["memory"].get("maximum")) or 0,
-                      parse_gpus(row["gres"].get("total")), _names(row["features"].get("total")))
-            for row in document["sinfo"]]
+        return list(itertools.chain(*_parse_rows(document["nodes"], _parse_sinfo_node)))
+    return _parse_rows(document["sinfo"], _parse_sinfo_row)
+
+
+def _parse_sinfo_row(row: Dict[str, Any]) -> NodeFacts:
+    return NodeFacts(row["partition"]["name"], _whole(row["nodes"].get("total")) or 0,
+                     frozenset(slurm_states(row["node"].get("state"))),
+                     _whole(row["cpus"].get("maximum")) or 0,
+                     _whole(row["memory"].get("maximum")) or 0,
+                     parse_gpus(row["gres"].get("total")), _names(row["features"].get("total")))
 
 
 def _limited(value: Any) -> Optional[List[str]]:
@@ -1122,7 +1151,16 @@ def parse_partitions_text(text: str) -> List[Dict[str, Any]]:
 
 def parse_squeue(document: Dict[str, Any], now: float) -> List[Dict[str, Any]]:
     """Return the jobs of `squeue --json`, of 21.08 or later. now: seconds since the epoch."""
-    return [_parse_squeue_job(job, now) for job in document["jobs"]]
+    return _parse_rows(document["jobs"], lambda job: _parse_squeue_job(job, now), _unknown_job)
+
+
+def _unknown_job(job: Any) -> Optional[Dict[str, Any]]:
+    """Return a record that says no more than that there is such a job: else it seems to be gone."""
+    if not isinstance(job, dict) or not _whole(job.get("job_id")):
+        return None
+    return _record(JOB_FIELDS, {"job_id": str(_whole(job["job_id"])), "user": job.get("user_name"),
+                                "partition": str(job.get("partition")), "state": "UNKNOWN",
+                                "held": False})
 
 
 def _parse_squeue_job(job: Dict[str, Any], now: float) -> Dict[str, Any]:
@@ -1171,7 +1209,7 @@ def _job_user(job: Dict[str, Any]) -> Optional[str]:
 
 def _parse_squeue_ids(job: Dict[str, Any]) -> Dict[str, Any]:
     """Return job_id as squeue shows it and scancel takes it, and to which array the job belongs."""
-    number = _whole(job.get("job_id"))
+    number = int(_whole(job["job_id"]))           # raises for a row that is of no job
     array, task = _positive(job.get("array_job_id")), _whole(job.get("array_task_id"))
     hetero, offset = _positive(job.get("het_job_id")), _whole(job.get("het_job_offset"))
     if hetero:
@@ -1241,7 +1279,7 @@ def _text(value: str) -> Optional[str]:
 
 def parse_associations(document: Dict[str, Any]) -> List[Dict[str, Any]]:
     """Return the allocations of `sacctmgr show assoc --json`, of 23.02 or later."""
-    return [_parse_association(row) for row in document["associations"]]
+    return _parse_rows(document["associations"], _parse_association)
 
 
 def _parse_association(row: Dict[str, Any]) -> Dict[str, Any]:
@@ -1428,7 +1466,7 @@ def _pbs_host(parts: List[Dict[str, str]]) -> NodeFacts:
 
 def parse_pbs_jobs(entries: PbsEntries, now: float) -> List[Dict[str, Any]]:
     """Return the jobs of `qstat -f`. now: seconds since the epoch."""
-    return [_parse_pbs_job(job_id, facts, now) for job_id, facts in entries.items()]
+    return _parse_rows(entries.items(), lambda entry: _parse_pbs_job(*entry, now))
 
 
 def _parse_pbs_job(job_id: str, facts: Dict[str, str], now: float) -> Dict[str, Any]:
@@ -1837,7 +1875,7 @@ class QueueInfo(abc.ABC):
 
 def _matches(job: Dict[str, Any], queue: Optional[str], user: str) -> bool:
     """Whether a job is in a queue (a pending one may be in several) and of a user."""
-    return (queue is None or queue in (job["partition"] or "").split(",")) and \
+    return (queue is None or queue in str(job["partition"]).split(",")) and \
         user in (EVERYONE, job["user"])
 
 

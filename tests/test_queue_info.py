@@ -238,6 +238,21 @@ def test_shapes_of_other_versions_are_understood():
     assert (job["job_id"], job["time_used"]) == ("6+1", 50)
 
 
+def test_one_odd_row_does_not_cost_the_others(caplog):
+    document = json.loads(json.dumps(recorded_json("24.11", "squeue-busy")))
+    odd = document["jobs"][3]
+    odd.update(time_limit={"set": True, "number": 1e308}, exit_code="?")
+    document["jobs"].append(None)
+    jobs = plugins.parse_squeue(document, 1.8e9)
+    assert len(jobs) == len(document["jobs"]) - 1
+    assert (jobs[3]["job_id"], jobs[3]["user"], jobs[3]["state"]) == \
+        (str(odd["job_id"]), odd["user_name"], "UNKNOWN")
+    assert "2 of" in caplog.text
+    nodes = json.loads(json.dumps(recorded_json("22.05", "sinfo-busy")))
+    nodes["nodes"][0] = None
+    assert {facts.queue for facts in plugins.parse_sinfo(nodes)} == {"batch", "debug", "gpu"}
+
+
 @pytest.mark.parametrize("text, seconds", [
     ("30:00", 1800), ("1-00:00:00", 86400), ("2:03:04", 7384), ("0:05", 5),
     ("infinite", "UNLIMITED"), ("UNLIMITED", "UNLIMITED"), ("N/A", None), ("", None),
