@@ -5159,7 +5159,7 @@ BATCH_FILES = 400              # files in one batch
 BATCH_SIZE = 4 * 1024 * 1024   # bytes of them, about
 COPY_SIZE = 256 * 1024         # bytes written and hashed at once
 PARTIAL_S = 7 * 86400          # partial files that nobody goes on with are kept so long
-CLAIM_S = 5.0                  # a broken request lets go of its partial file within so long
+STALL_S = 60.0                 # a connection on which nothing moves is given up by clients
 TAIL_POLL_S = 0.25             # a file that is followed is looked at so often
 MAX_TAIL_WAIT = 60             # seconds for which one request follows a file
 
@@ -5682,16 +5682,19 @@ def _gather(pieces: Iterable[bytes]) -> Iterator[bytes]:
         yield b"".join(waiting)
 
 
-def write_pieces(fd: int, offset: int, pieces: Iterable[bytes], digest: RunningDigest,
-                 on_written: Callable[[int], None] = lambda end: None) -> int:
+def write_pieces(fd: int, offset: int, pieces: Iterable[bytes], digest: RunningDigest, *,
+                 on_written: Callable[[int], None] = lambda end: None,
+                 turn: Any = contextlib.nullcontext()) -> int:
     """Write pieces to a file from `offset` on, hash them meanwhile, and return where they end.
 
-    What came before an error is written. on_written(end) is called after each piece.
+    What came before an error is written. on_written(end) is called after each piece. turn: entered
+    around each write.
     """
     with _Behind() as behind:
         for piece in _gather(pieces):
-            behind.run(digest.add, fd, offset, piece)
-            offset = write_all(fd, offset, piece)
+            with turn:
+                behind.run(digest.add, fd, offset, piece)
+                offset = write_all(fd, offset, piece)
             on_written(offset)
     return offset
 
@@ -5943,6 +5946,29 @@ def parse_sha256(value: Any) -> Optional[str]:
 
 # -- what an edge does with files
 
+class _Turn:
+    """The right to change a partial file, until another request takes it over."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()             # held while the file is changed
+        self._is_over = False                     # guarded by _lock
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        if self._is_over:
+            self._lock.release()
+            raise Unavailable("upload: another request goes on with it: look, and try again",
+                              headers={"Retry-After": "1"})
+
+    def __exit__(self, *_exc: Any) -> None:
+        self._lock.release()
+
+    def end(self) -> None:
+        """Wait for the change that is being made, and allow no more."""
+        with self._lock:
+            self._is_over = True
+
+
 class Uploads:
     """Files that come to an edge, in one request or, after a break, in several. Any thread; blocks.
 
@@ -5953,9 +5979,10 @@ class Uploads:
     def __init__(self, roots: Roots) -> None:
         self._roots = roots
         self._slots = threading.BoundedSemaphore(MAX_UPLOADS)
-        self._changed = threading.Condition()
-        self._claimed: Set[Tuple[Any, ...]] = set()              # guarded by _changed
-        # by what a partial file is, the oldest first; guarded by _changed
+        self._lock = threading.Lock()
+        # by what a partial file is; guarded by _lock
+        self._turns: Dict[Tuple[Any, ...], _Turn] = {}
+        # likewise, the oldest first; guarded by _lock
         self._digests: "collections.OrderedDict[Tuple[Any, ...], RunningDigest]" = \
             collections.OrderedDict()
         self._cleaned: Dict[Tuple[int, int], float] = {}         # directories; races do no harm
@@ -5992,7 +6019,7 @@ class Uploads:
         with self._roots.find(path, parents=True) as place, _explained(path):
             place.check_free(overwrite)
             self._clean(place)
-            with Partial(place, name) as partial, self._claim(partial):
+            with Partial(place, name) as partial, self._claim(partial) as (turn, _), turn:
                 if partial.status.st_size > size:
                     os.ftruncate(partial.fd, 0)
                 offset = partial.status.st_size
@@ -6010,12 +6037,13 @@ class Uploads:
         another offset.
         """
         with self.slot(), self._roots.find(path) as place, _explained(path):
-            with Partial(place, name, make=False) as partial, self._claim(partial) as digest:
+            with Partial(place, name, make=False) as partial, \
+                    self._claim(partial) as (turn, digest):
                 size = partial.status.st_size
                 if size != offset:
                     raise Conflict(f"offset: {size} bytes are here, not {offset}: go on from there")
                 try:
-                    end = write_pieces(partial.fd, offset, pieces, digest)
+                    end = write_pieces(partial.fd, offset, pieces, digest, turn=turn)
                 except OSError:
                     partial.delete()
                     raise
@@ -6032,7 +6060,8 @@ class Uploads:
             done = self._find_done(place, name, sha256)
             if done is not None:
                 return done
-            with Partial(place, name, make=False) as partial, self._claim(partial) as digest:
+            with Partial(place, name, make=False) as partial, \
+                    self._claim(partial) as (turn, digest), turn:
                 found = digest.finish(partial.fd, partial.status.st_size)
                 if sha256 not in (None, found):
                     partial.delete()
@@ -6044,7 +6073,8 @@ class Uploads:
     def drop(self, path: str, name: str) -> None:
         """Delete what came of an upload."""
         with self._roots.find(path) as place, _explained(path):
-            with Partial(place, name, make=False) as partial, self._claim(partial):
+            with Partial(place, name, make=False) as partial, \
+                    self._claim(partial) as (turn, _), turn:
                 partial.delete()
 
     def offset(self, path: str, name: str) -> Dict[str, Any]:
@@ -6075,30 +6105,32 @@ class Uploads:
         return describe_done(place, status, found)
 
     @contextlib.contextmanager
-    def _claim(self, partial: Partial) -> Iterator[RunningDigest]:
-        """Be the only one that changes a partial file; give its digest so far."""
-        key = (partial.name, *_identity(partial.status))
-        with self._changed:
-            if not self._changed.wait_for(lambda: key not in self._claimed, CLAIM_S):
-                raise Unavailable("upload: another request is writing it: try again in a moment",
-                                  headers={"Retry-After": "1"})
-            self._claimed.add(key)
-            digest = self._digests.pop(key, None)
+    def _claim(self, partial: Partial) -> Iterator[Tuple[_Turn, RunningDigest]]:
+        """Give the turn to change a partial file, and its digest so far.
+
+        It ends that of an earlier request, whose client may be gone without anybody's notice.
+        """
+        key, turn = (partial.name, *_identity(partial.status)), _Turn()
+        with self._lock:
+            before, digest = self._turns.get(key), self._digests.pop(key, None)
+            self._turns[key] = turn
+        if before is not None:
+            before.end()
         if digest is None or digest.position > partial.status.st_size:
             digest = RunningDigest()
         try:
             partial.check_there()                 # it may have been committed meanwhile
-            yield digest
+            yield turn, digest
         finally:
-            with self._changed:
-                self._claimed.discard(key)
-                self._digests[key] = digest
+            with self._lock:
+                if self._turns.get(key) is turn:
+                    del self._turns[key]
+                    self._digests[key] = digest
                 while len(self._digests) > MAX_KNOWN_DIGESTS:
                     self._digests.popitem(last=False)
-                self._changed.notify_all()
 
     def _forget(self, partial: Partial, status: os.stat_result) -> None:
-        with self._changed:
+        with self._lock:
             self._digests.pop((partial.name, *_identity(status)), None)
 
     def _clean(self, place: Place) -> None:
@@ -6598,7 +6630,9 @@ class _Sender:
     def _send(self, offset: int) -> int:
         end = min(self._status.st_size, offset + self._client.segment)
         with _Behind() as behind:
-            reply = self._client.send("PUT", "upload", content=self._read(offset, end, behind),
+            part = _Part(self._fd, offset, end, functools.partial(self._on_read, behind),
+                         is_signed=self._client.is_signed)
+            reply = self._client.send("PUT", "upload", content=part, timeout=STALL_S,
                                       headers={"Content-Length": str(end - offset)},
                                       path=self._target, upload=self._name, offset=offset)
         if reply.status_code == 413 and self._client.shorten():
@@ -6606,16 +6640,41 @@ class _Sender:
         self._patience.on_progress()
         return self._client.value(reply)["offset"]
 
-    def _read(self, offset: int, end: int, behind: _Behind) -> Iterator[bytes]:
-        while offset < end:
-            piece = os.pread(self._fd, min(COPY_SIZE, end - offset), offset)
-            if not piece:
-                raise Conflict(f"{self._source!r} became shorter while it was sent")
-            behind.run(self._digest.add, self._fd, offset, piece)
-            yield piece
-            offset += len(piece)
-            self._patience.on_progress()
-            self._progress(offset, self._status.st_size)
+    def _on_read(self, behind: _Behind, offset: int, piece: bytes) -> None:
+        behind.run(self._digest.add, self._fd, offset, piece)
+        self._patience.on_progress()
+        self._progress(offset + len(piece), self._status.st_size)
+
+
+class _Part:
+    """The bytes of a file from `begin` to `end`, for http.client to read.
+
+    on_read(offset, piece) is called for what is read to be sent. is_signed: whether all is read
+    once before that, for the signature.
+    """
+
+    def __init__(self, fd: int, begin: int, end: int, on_read: Callable[[int, bytes], None], *,
+                 is_signed: bool) -> None:
+        self._fd, self._at, self._end = fd, begin, end
+        self._on_read, self._is_silent = on_read, is_signed
+
+    def tell(self) -> int:
+        """Return where the next read begins."""
+        return self._at
+
+    def seek(self, offset: int) -> None:
+        """Go back: what is read from now on is sent."""
+        self._at, self._is_silent = offset, False
+
+    def read(self, size: int) -> bytes:
+        """Return at most `size` bytes more. Raises Conflict when the file became shorter."""
+        piece = os.pread(self._fd, min(size, self._end - self._at), self._at)
+        if not piece and self._at < self._end:
+            raise Conflict("src: the file became shorter while it was sent")
+        if piece and not self._is_silent:
+            self._on_read(self._at, piece)
+        self._at += len(piece)
+        return piece
 
 
 class _Receiver:
@@ -6680,7 +6739,8 @@ class _Receiver:
             del headers["Range"]
         try:
             with self._client.stream("file", headers=headers, path=self._source) as pieces:
-                write_pieces(partial.fd, offset, pieces, digest, self._on_written(told["size"]))
+                write_pieces(partial.fd, offset, pieces, digest,
+                             on_written=self._on_written(told["size"]))
         except ContentTooLarge:
             if not self._client.shorten():
                 raise
@@ -6789,8 +6849,13 @@ class StagingClient(PluginClient):
     """
 
     patience = 60.0
-    segment = 1 << 62          # bytes in one request; fewer where wire version 1 takes part
-    SEGMENT_V1 = 16 * 1024 * 1024
+    SHORT_SEGMENT = 16 * 1024 * 1024      # bytes in one request, where wire version 1 takes part
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.is_signed = self._http.is_signing
+        # what is signed is read twice: the second time from memory
+        self.segment = self.SHORT_SEGMENT if self.is_signed else sys.maxsize
 
     def put(self, src: Union[str, Path], dst: str, overwrite: bool = False, *,
             progress: Optional[Progress] = None) -> Dict[str, Any]:
@@ -6906,23 +6971,24 @@ class StagingClient(PluginClient):
                                           headers={"Content-Type": "application/json"}))
 
     def send(self, method: str, route: str, *, content: Any = None,
-             headers: Optional[Dict[str, str]] = None, path: str, **query: Any) -> HttpResponse:
+             headers: Optional[Dict[str, str]] = None, timeout: Optional[float] = None, path: str,
+             **query: Any) -> HttpResponse:
         """Send a request about a path; return its reply, whatever the status."""
         return self._http.request(method, self._url(route), content=content, headers=headers,
-                                  params=_encode_query(path, query))
+                                  params=_encode_query(path, query), timeout=timeout)
 
     @contextlib.contextmanager
     def stream(self, route: str, *, method: str = "GET", headers: Optional[Dict[str, str]] = None,
                content: Any = None, path: str) -> Iterator[Iterator[bytes]]:
         """Give the pieces of an answer. Raises EdgeError, Unavailable when it breaks off."""
         with self._http.stream(method, self._url(route), headers=headers, content=content,
-                               params=_encode_query(path, {})) as reply:
+                               params=_encode_query(path, {}), timeout=STALL_S) as reply:
             yield _read_reply(reply)
 
     def shorten(self) -> bool:
         """Send and fetch in short segments from now on; False when they are short already."""
-        was, self.segment = self.segment, self.SEGMENT_V1
-        return was != self.SEGMENT_V1
+        was, self.segment = self.segment, self.SHORT_SEGMENT
+        return was != self.SHORT_SEGMENT
 
     @staticmethod
     def value(reply: HttpResponse) -> Any:

@@ -9062,7 +9062,7 @@ class _Connection(http.client.HTTPConnection):
     """A connection of http.client, opened as all of ours are: proxy, TLS, pin."""
 
     def __init__(self, host: str, target: Target, timeout: float = CLIENT_TIMEOUT_S) -> None:
-        super().__init__(host, timeout=timeout)
+        super().__init__(host, timeout=timeout, blocksize=FILE_PIECE)
         self.target = target
 
     def connect(self) -> None:
@@ -9420,6 +9420,11 @@ class HttpClient:
         self._lock = threading.Lock()
         self._idle: List[_Connection] = []        # guarded by _lock
 
+    @property
+    def is_signing(self) -> bool:
+        """Whether what changes something is signed; its content is read twice then."""
+        return self._signer is not None
+
     def get(self, path: str, *, params: Optional[Dict[str, Any]] = None,
             headers: Optional[Dict[str, str]] = None) -> HttpResponse:
         """Send a GET request."""
@@ -9434,12 +9439,14 @@ class HttpClient:
 
     def request(self, method: str, path: str, *, json: Any = None, content: Any = None,
                 params: Optional[Dict[str, Any]] = None,
-                headers: Optional[Dict[str, str]] = None) -> HttpResponse:
+                headers: Optional[Dict[str, str]] = None,
+                timeout: Optional[float] = None) -> HttpResponse:
         """Send a request and return its reply, whatever the status.
 
         content: bytes, or an open file or an iterable of bytes, which is sent as it is read and
-        cannot be sent again. Raises Unavailable when no bridge can be reached, or when a
-        connection drops and nobody knows whether the request was done.
+        cannot be sent again. timeout: seconds in which nothing moves; the default is the client's.
+        Raises Unavailable when no bridge can be reached, or when a connection drops and nobody
+        knows whether the request was done.
         """
         fields = {**new_key(), **(headers or {})} if method == "POST" else dict(headers or {})
         if json is not None:
@@ -9449,7 +9456,7 @@ class HttpClient:
         whole = content is None or isinstance(content, (bytes, str))
 
         def send(target: Target, again: bool = whole) -> HttpResponse:
-            connection, reply = self._send(target, method, path, content, fields)
+            connection, reply = self._send(target, method, path, content, fields, timeout)
             response = HttpResponse(reply.status, reply.headers, self._read(connection, reply))
             self._give_back(connection, reply)
             if again and reply.headers.get("X-Signature") == "used":
@@ -9461,7 +9468,8 @@ class HttpClient:
     @contextlib.contextmanager
     def stream(self, method: str, path: str, *, content: Any = None,
                params: Optional[Dict[str, Any]] = None,
-               headers: Optional[Dict[str, str]] = None) -> Iterator[http.client.HTTPResponse]:
+               headers: Optional[Dict[str, str]] = None,
+               timeout: Optional[float] = None) -> Iterator[http.client.HTTPResponse]:
         """Send a request and give its reply as http.client has it: read(n) reads on.
 
         Raises as request() does, and EdgeError for a status of 400 or more.
@@ -9469,7 +9477,7 @@ class HttpClient:
         if params:
             path += "?" + urllib.parse.urlencode(params)
         connection, reply = self._bridges.run(False, lambda target: self._send(
-            target, method, path, content, dict(headers or {})))
+            target, method, path, content, dict(headers or {}), timeout))
         try:
             if reply.status >= 400:
                 raise make_error(reply.status, reply.headers, self._read(connection, reply))
@@ -9485,17 +9493,32 @@ class HttpClient:
             connection.close()
 
     def _send(self, target: Target, method: str, path: str, content: Any,
-              fields: Dict[str, str]) -> Tuple[_Connection, http.client.HTTPResponse]:
+              fields: Dict[str, str], timeout: Optional[float] = None
+              ) -> Tuple[_Connection, http.client.HTTPResponse]:
         signed = sign_request(self._signer, method, path, content, fields)
         connection = self._take(target)
         try:
-            connection.request(method, target.url.prefix + path, content,
-                               {**target.headers, **fields, **signed},
-                               encode_chunked="Content-Length" not in fields)
+            connection.sock.settimeout(timeout or self._timeout)
+            try:
+                connection.request(method, target.url.prefix + path, content,
+                                   {**target.headers, **fields, **signed},
+                                   encode_chunked="Content-Length" not in fields)
+            except (ConnectionError, ssl.SSLEOFError) as error:
+                return connection, self._read_early(connection, error)
             return connection, connection.getresponse()
         except BaseException:
             connection.close()
             raise
+
+    @staticmethod
+    def _read_early(connection: _Connection, error: OSError) -> http.client.HTTPResponse:
+        """Return the answer that a bridge gave before it had the whole body, and then closed."""
+        try:
+            reply = connection.getresponse()
+        except (OSError, http.client.HTTPException):
+            raise error from None
+        reply.will_close = True
+        return reply
 
     @staticmethod
     def _read(connection: _Connection, reply: http.client.HTTPResponse) -> bytes:

@@ -84,6 +84,8 @@ class Proxy:
         """Close all connections."""
         with self._lock:
             pairs, self._pairs = self._pairs, set()
+        for pair in pairs:
+            pair.dead.set()                       # one that is stalled ends as well
         for sock in (sock for pair in pairs for sock in pair.sockets):
             with contextlib.suppress(OSError):    # it was closed in this moment
                 sock.shutdown(socket.SHUT_RDWR)

@@ -363,6 +363,61 @@ def test_a_transfer_outlives_a_killed_edge_and_a_killed_bridge(start, tmp_path, 
         assert sha256_of(source) == sha256_of(root / "file") == sha256_of(tmp_path / "back")
 
 
+def test_a_connection_on_which_nothing_moves_is_given_up(bridge, scene, monkeypatch):
+    monkeypatch.setattr(plugins, "STALL_S", 0.5)
+    proxy = Proxy(bridge._listener.server_address[1])
+    source = make_random_file(scene.here / "source", 16 * MIB)
+    try:
+        with BridgeClient(f"http://127.0.0.1:{proxy.port}") as client:
+            staging = client.get_edge_client("e1").get_plugin("staging")
+            for go, paths in ((staging.put, (source, scene.path("file"))),
+                              (staging.get, (scene.path("file"), scene.here / "back"))):
+                cutter = Cutter(proxy.stall, [0.5])
+                go(*paths, progress=cutter)
+                assert cutter.resumed
+        assert sha256_of(source) == sha256_of(scene.here / "back")
+    finally:
+        proxy.close()
+
+
+@pytest.mark.parametrize("wire", [1], indirect=True)
+def test_a_file_larger_than_wire_version_1_takes_goes_in_segments(wire, scene):
+    source = make_random_file(scene.here / "source", radical_edge.MAX_BODY + MIB)
+    scene.client.put(source, scene.path("file"))
+    scene.client.segment = sys.maxsize            # as another client would begin
+    scene.client.get(scene.path("file"), scene.here / "back")
+    assert sha256_of(source) == sha256_of(scene.there / "file") == sha256_of(scene.here / "back")
+
+
+def test_an_edge_that_asks_for_signatures_takes_files_from_who_signs(bridge, tokens, tmp_path, home):
+    there, keys = tmp_path / "there", tmp_path / "keys"
+    there.mkdir()
+    run("--token", "keygen", "alice")
+    key = (home / ".radical/edge/client.key").read_text()
+    keys.write_text(key)
+    keys.chmod(0o600)
+    source = make_random_file(tmp_path / "source", 20 * MIB)
+    edge = Edge(bridge.url, "e1", plugins=["staging"], token=tokens[1]["edge"],
+                options={"staging_roots": [str(there)]}, client_key=str(keys)).start()
+    try:
+        assert edge.online.wait(10)
+        with BridgeClient(bridge.url) as client:
+            wait_until(lambda: client.list_edges() == ["e1"])
+            staging = client.get_edge_client("e1").get_plugin("staging")
+            seen = []
+            staging.put(source, f"{there}/file", progress=lambda *n: seen.append(n[0]))
+            assert seen == sorted(seen)
+            staging.get(f"{there}/file", tmp_path / "back")
+            (tmp_path / "tree").mkdir()
+            (tmp_path / "tree/f").write_text("f")
+            staging.put(tmp_path / "tree", f"{there}/tree")
+            staging.get(f"{there}/tree", tmp_path / "tree-back")
+        assert sha256_of(source) == sha256_of(there / "file") == sha256_of(tmp_path / "back")
+        assert (tmp_path / "tree-back/f").read_text() == "f"
+    finally:
+        assert edge.stop()
+
+
 class Killed(BaseException):
     """What ends a client in the middle of a transfer."""
 
@@ -431,6 +486,36 @@ def test_an_upload_is_appended_only_where_it_ends(scene, raw):
     dropped = query("upload", scene.path("other"), upload="upload-1")
     assert raw().request("DELETE", dropped)[0] == 200
     assert raw().request("DELETE", dropped)[0] == 404 and not scene.leftovers()
+
+
+def test_a_new_request_takes_an_upload_over_from_one_that_is_stuck(files):
+    path, name, goes_on, results = str(files.root / "file"), "upload-1", threading.Event(), []
+    files.uploads.begin(path, name, 10, overwrite=False)
+
+    def pieces():
+        yield b"a" * plugins.COPY_SIZE
+        results.append("stuck")
+        goes_on.wait(10)
+        yield b"b" * plugins.COPY_SIZE
+
+    def write():
+        try:
+            files.uploads.write(path, name, 0, pieces())
+        except EdgeError as error:
+            results.append(error.status)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    wait_until(lambda: results)
+    size = plugins.COPY_SIZE + 1
+    assert files.uploads.begin(path, name, size, overwrite=False)["offset"] == size - 1
+    assert files.uploads.write(path, name, size - 1, [b"c"])["offset"] == size
+    goes_on.set()
+    thread.join()
+    assert results == ["stuck", 503]
+    content = b"a" * (size - 1) + b"c"
+    files.uploads.commit(path, name, sha256=hashlib.sha256(content).hexdigest(), overwrite=False)
+    assert (files.root / "file").read_bytes() == content
 
 
 def test_an_edge_killed_between_the_two_steps_of_a_commit_finds_it_done(files):
