@@ -6849,7 +6849,7 @@ class StagingClient(PluginClient):
     """
 
     patience = 60.0
-    SHORT_SEGMENT = 16 * 1024 * 1024      # bytes in one request, where wire version 1 takes part
+    SHORT_SEGMENT = 4 * 1024 * 1024       # bytes in one request, where wire version 1 takes part
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
