@@ -1621,9 +1621,10 @@ class _Answers:
         return {**last.value, "stale": True, "age": round(age, 1), "problem": problem.detail}
 
     def prefetch(self, key: Tuple[Any, ...], collect: Callable[[], Dict[str, Any]]) -> None:
-        """Begin to collect an answer that will be asked for soon."""
+        """Begin to collect an answer that will be asked for soon; what goes wrong is logged."""
         with self._lock:
-            self._start_locked(key, self._find_locked(key), collect, False)
+            run = self._start_locked(key, self._find_locked(key), collect, False)
+        run.future.add_done_callback(_log_problem)
 
     def expire(self, kind: str) -> None:
         """Let no answer of a kind count as fresh, nor one that is just being collected."""
@@ -1690,6 +1691,12 @@ class _Answers:
             run.future.set_result(value)
         else:
             run.future.set_exception(problem)
+
+
+def _log_problem(future: "concurrent.futures.Future[Dict[str, Any]]") -> None:
+    problem = future.exception()
+    if problem is not None:
+        log_queues.warning("the batch system cannot be asked now: %s", problem)
 
 
 class Rights(NamedTuple):

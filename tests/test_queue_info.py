@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -425,6 +426,21 @@ def test_an_old_answer_is_better_than_none_and_says_so(monkeypatch):
         backend.list_all_jobs()                   # too old by now
 
 
+def test_what_is_asked_for_first_is_collected_before_anybody_asks(caplog):
+    backend = Counted()
+    backend.start_prefetch()
+    wait_until(lambda: len(backend._answers._kept) == 2 and
+               all(kept.answer for kept in backend._answers._kept.values()))
+    assert [key[0] for key in backend._answers._kept] == ["info", "allocations"]
+    def fail():
+        raise plugins.Unavailable("the controller is away")
+
+    backend._collect_info = fail
+    backend._answers.expire("info")
+    backend.start_prefetch()
+    wait_until(lambda: "cannot be asked now: HTTP 503: the controller is away" in caplog.text)
+
+
 def test_a_failure_without_an_older_answer_is_told_and_not_kept():
     backend = Counted()
     backend.failing = plugins.Unavailable("the controller is away")
@@ -475,9 +491,12 @@ def test_too_many_questions_at_once_are_refused(monkeypatch):
 @pytest.fixture
 def programs(tmp_path, monkeypatch):
     """Returns a function that puts a shell script on PATH; "calls" logs what was run."""
-    folder = tmp_path / "bin"
+    folder, tools = tmp_path / "bin", tmp_path / "tools"
     folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    tools.mkdir()
+    for name in ("cat", "env", "head", "sed", "setsid", "sleep", "tail", "touch", "tr"):
+        (tools / name).symlink_to(shutil.which(name))        # the machine may have a scheduler
+    monkeypatch.setenv("PATH", f"{folder}:{tools}")
     for name in ("SLURM_CONF", "SLURM_JOB_ID", "PBS_JOBID"):
         monkeypatch.delenv(name, raising=False)
 
