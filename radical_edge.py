@@ -142,6 +142,8 @@ MAX_EDGE_PLUGINS = 256         # plugins of one edge
 MAX_NOTIFY_RATE = 10_000       # notifications a second from one edge
 NOTIFY_BURST = 50_000          # of which so many may come at once
 MAX_COUNTED_ROUTES = 1000      # routes that /metrics tells apart; edges name theirs as they like
+MAX_STREAMS = 1024             # bodies and answers of one link on their way in pieces
+MAX_HELD = 64 * 1024 * 1024    # bytes of the bodies that wait at an edge, for one link
 MAX_PENDING = 8192             # requests waiting for one edge
 MAX_ONCE = 20_000              # answers kept for retries
 MAX_ONCE_BYTES = 24 * 1024 * 1024    # bytes of them
@@ -1164,8 +1166,15 @@ def parse_request(message: Dict[str, Any]) -> EdgeRequest:
             and isinstance(headers, dict)):
         raise ProtocolError("request without req_id, method, path or headers")
     body = _parse_body(message)
+    return EdgeRequest(req_id, method, target, _forwarded_fields(headers), body)
+
+
+def _forwarded_fields(headers: Dict[Any, Any]) -> Dict[str, str]:
+    """Return a request's fields with names in lower case, and an id that can stand in a log."""
     fields = {str(name).lower(): str(value) for name, value in headers.items()}
-    return EdgeRequest(req_id, method, target, fields, body)
+    if not REQUEST_ID_PATTERN.fullmatch(fields.get("x-request-id", "-")):
+        fields["x-request-id"] = "-"
+    return fields
 
 
 def _parse_body(message: Dict[str, Any]) -> bytes:
@@ -1699,9 +1708,10 @@ class Channel:
             for piece in pieces:
                 self._unsent.append(memoryview(piece))
                 self._unsent_size += len(piece)
-            if waiting:
+            if waiting and self._unsent_size <= 2 * MAX_LINK_BUFFER:
                 return                            # the loop is at it; order must be kept
-            error = self._flush_locked()
+            # a peer that lets us collect so much does not read, or means no good
+            error = self._flush_locked() if not waiting else "it does not read what is sent to it"
             done = not self._unsent
         if error:
             self._call_on_loop(self.close, error)
@@ -5327,6 +5337,8 @@ class _Hosted:
         self.plugin: Any = None                   # set once it is made
         self.ui_module: Optional[str] = None      # JavaScript for the plugin's page; likewise
         self.tasks: Set["asyncio.Task[None]"] = set()    # handlers that run; the plugin's loop's
+        self.topology: Optional[Dict[str, Any]] = None   # not told yet; guarded by the host's lock
+        self.telling: Optional[asyncio.Lock] = None      # the plugin's loop's
 
     def stop(self) -> bool:
         """Stop the plugin and its threads; False when something in it blocks."""
@@ -5468,9 +5480,12 @@ class PluginHost:
         return self._notify(plugin_name, topic, data)
 
     def on_topology(self, edges: Dict[str, Any]) -> None:
-        """Tell every plugin of a changed topology. Any thread."""
+        """Tell every plugin of a changed topology; only of the last when it is slow. Any thread."""
         for hosted in self._hosted.values():
-            hosted.thread.call(self._start_task, hosted, self._tell_topology(hosted.plugin, edges))
+            with self._lock:
+                waiting, hosted.topology = hosted.topology is not None, edges
+            if not waiting:
+                hosted.thread.call(self._start_task, hosted, self._tell_topology(hosted))
 
     def dispatch(self, call_: Call) -> None:
         """Answer a request, soon and on any thread. Never raises."""
@@ -5591,12 +5606,15 @@ class PluginHost:
             hosted.thread.call(self._start_task, hosted,
                                _send_body(hosted, request, response, call_), call_)
 
-    @staticmethod
-    async def _tell_topology(plugin_object: Plugin, edges: Dict[str, Any]) -> None:
-        try:
-            await plugin_object.on_topology_change(edges)
-        except Exception:
-            log.exception("%s: on_topology_change failed", plugin_object.instance_name)
+    async def _tell_topology(self, hosted: _Hosted) -> None:
+        hosted.telling = hosted.telling or asyncio.Lock()
+        async with hosted.telling:                # one after the other
+            with self._lock:
+                edges, hosted.topology = hosted.topology, None
+            try:
+                await hosted.plugin.on_topology_change(edges)
+            except Exception:
+                log.exception("%s: on_topology_change failed", hosted.plugin.instance_name)
 
     @staticmethod
     def _read_ui_module(plugin_object: Plugin) -> Optional[str]:
@@ -6065,16 +6083,87 @@ def _encode_reply(req_id: str, response: Response) -> bytes:
     return encode_response(req_id, response.status_code, response.headers, response.body).encode()
 
 
+class _Load:
+    """What the requests of one link cost an edge: bounded, for a bridge may mean no good.
+
+    Any thread.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls: Dict[Call, int] = {}         # bytes of their bodies; guarded by _lock
+        self._held = 0                            # the sum; guarded by _lock
+        self._streams: Set[Tuple[Call, str]] = set()             # guarded by _lock
+
+    def enter(self, call_: Call, unsent: int) -> None:
+        """Count a request; raise Unavailable, and do not count it, when it is one too many.
+
+        unsent: bytes of answers that wait for the bridge to read them. Raises ProtocolError when
+        these are so many that it does not seem to read at all.
+        """
+        if unsent > MAX_LINK_BUFFER:
+            raise ProtocolError("answers that are not read", CloseCode.POLICY)
+        size = len(call_.incoming.body)
+        with self._lock:
+            if len(self._calls) >= MAX_PENDING or self._held + size > MAX_HELD or \
+                    call_.reader is not None and len(self._streams) >= MAX_STREAMS:
+                raise Unavailable("the edge has too much to do", headers=_retry_after(1),
+                                  limit="pending")
+            self._calls[call_] = size
+            self._held += size
+            if call_.reader is not None:
+                self._streams.add((call_, "body"))
+
+    def begin(self, call_: Call) -> None:
+        """Count an answer that comes in pieces; raise Unavailable likewise."""
+        with self._lock:
+            if len(self._streams) >= MAX_STREAMS:
+                raise Unavailable("the edge has too much to send", headers=_retry_after(1),
+                                  limit="pending")
+            if call_ in self._calls:
+                self._streams.add((call_, "answer"))
+
+    def grow(self, call_: Call, size: int) -> None:
+        """Count some of an answer that is collected to be sent whole; raises likewise."""
+        with self._lock:
+            if self._held + size > 4 * MAX_HELD:
+                raise Unavailable("the edge collects too many answers for an older bridge",
+                                  headers=_retry_after(1), limit="pending")
+            if call_ in self._calls:
+                self._calls[call_] += size
+                self._held += size
+
+    def leave(self, call_: Call) -> None:
+        """Take notice that a request is answered, or given up."""
+        with self._lock:
+            size = self._calls.pop(call_, None)
+            if size is not None:
+                self._held -= size
+                self._streams -= {(call_, "body"), (call_, "answer")}
+
+
 class _WholeCall(Call):
     """A request over wire version 1, whose answer is one message."""
 
-    def __init__(self, channel: Channel, incoming: EdgeRequest) -> None:
+    def __init__(self, load: "_Load", channel: Channel, incoming: EdgeRequest) -> None:
         super().__init__(incoming)
+        self._load = load
         self._channel = channel                   # a later link would not know the req_id
+
+    def begin(self, response: Response) -> None:
+        """Begin to collect an answer."""
+        self._load.begin(self)
+        super().begin(response)
+
+    def try_write(self, piece: memoryview) -> int:
+        """Collect some of the body."""
+        self._load.grow(self, len(piece))
+        return super().try_write(piece)
 
     def respond(self, response: Response) -> None:
         """Answer, whole; what does not fit is answered by an error."""
         incoming = self.incoming
+        self._load.leave(self)
         edge_log.debug("%s: > %d, %d bytes", incoming.req_id, response.status_code,
                        len(response.body))
         try:
@@ -6110,7 +6199,8 @@ class _StreamCall(Call):
             self._link.send_wire(self._channel, head, response.body)
 
     def begin(self, response: Response) -> None:
-        """Send the status and the fields; the body follows."""
+        """Send the status and the fields; the body follows. Raises Unavailable."""
+        self._link.load.begin(self)
         self.is_streaming = True
         self._link.send_wire(self._channel, self._encode_head(response, end=False))
 
@@ -6138,6 +6228,9 @@ class _StreamCall(Call):
 
     def abort(self, error: EdgeError) -> None:
         """Give up in the middle of the body."""
+        if not self.is_streaming:
+            self.respond(error_response(error))
+            return
         self._link.forget(self._stream)
         if not self.cancelled:
             self._link.send_wire(self._channel, encode_wire(Kind.CANCEL, self._stream),
@@ -6196,6 +6289,7 @@ class _BridgeLink:
         self._new_mask: Callable[[], bytes] = new_mask
         # by stream; the transport loop adds, any thread takes away: a dict's methods are atomic
         self._calls: Dict[int, _StreamCall] = {}
+        self.load = _Load()
         self._parser = FrameParser(masked=False)
         self._closed: "asyncio.Future[str]" = self._loop.create_future()
         self.acked = self._sent = 0               # numbers of notifications: safe there, on the way
@@ -6270,7 +6364,9 @@ class _BridgeLink:
 
     def forget(self, stream: int) -> None:
         """Take no more notice of a stream."""
-        self._calls.pop(stream, None)
+        call_ = self._calls.pop(stream, None)
+        if call_ is not None:
+            self.load.leave(call_)
 
     def send_wire(self, channel: Channel, head: bytes,
                   body: Union[bytes, memoryview] = b"") -> None:
@@ -6309,7 +6405,7 @@ class _BridgeLink:
 
     def _serve(self, sock: socket.socket, rest: bytes) -> None:
         self._parser = FrameParser(masked=False)
-        self._wire, self._new_mask, self._calls = 1, new_mask, {}
+        self._wire, self._new_mask, self._calls, self.load = 1, new_mask, {}, _Load()
         self._closed = self._loop.create_future()
         closed = self._closed
         limit_unsent(sock)
@@ -6372,7 +6468,8 @@ class _BridgeLink:
 
     def _on_message(self, opcode: Opcode, payload: Union[str, bytes]) -> None:
         if opcode is Opcode.PING:
-            self._send(Opcode.PONG, payload)
+            if self.channel.has_room:             # who does not read gets no more of them
+                self._send(Opcode.PONG, payload)
         elif opcode is Opcode.CLOSE:
             code, reason = parse_close(payload)
             self._send(Opcode.CLOSE, payload[:2])
@@ -6389,8 +6486,17 @@ class _BridgeLink:
 
     def _on_request(self, message: Dict[str, Any]) -> None:
         incoming = parse_request(message)
-        edge_log.debug("%s: < %s %s", incoming.req_id, incoming.method, incoming.target[:80])
-        self._edge.host.dispatch(_WholeCall(self.channel, incoming))
+        edge_log.debug("%s: < %s %.80r", incoming.req_id, incoming.method, incoming.target)
+        self._accept(_WholeCall(self.load, self.channel, incoming))
+
+    def _accept(self, call_: Call) -> None:
+        """Serve a request, unless there are too many. Raises ProtocolError for a stuck link."""
+        try:
+            self.load.enter(call_, self.channel.unsent)
+        except EdgeError as error:
+            call_.respond(error_response(error))
+        else:
+            self._edge.host.dispatch(call_)
 
     def _on_wire(self, frame: WireFrame) -> None:
         if frame.kind is Kind.REQUEST:
@@ -6417,21 +6523,18 @@ class _BridgeLink:
         if not (isinstance(method, str) and isinstance(target, str) and isinstance(fields, dict)
                 and frame.stream not in self._calls):
             raise ProtocolError("request without method, target or fields")
-        edge_log.debug("%s: < %s %s", fields.get("x-request-id"), method, target[:80])
-        fields = {str(name).lower(): str(value) for name, value in fields.items()}
+        fields = _forwarded_fields(fields)
         incoming = EdgeRequest(fields.get("x-request-id", "-"), method, target, fields,
                                bytes(frame.body) if frame.end else b"")
+        edge_log.debug("%s: < %s %.80r", incoming.req_id, method, target)
         call_ = self._calls[frame.stream] = _StreamCall(self, frame.stream, incoming, frame.end)
         if not frame.end and len(frame.body):
             call_.on_data(frame)
-        if len(self._calls) > MAX_PENDING:
-            call_.respond(error_response(Unavailable("the edge has too much to do",
-                                                     headers=_retry_after(1))))
-        else:
-            self._edge.host.dispatch(call_)
+        self._accept(call_)
 
     def _on_ping(self, _message: Dict[str, Any]) -> None:
-        self._send(Opcode.TEXT, b'{"type":"pong"}')
+        if self.channel.has_room:
+            self._send(Opcode.TEXT, b'{"type":"pong"}')
 
     def _on_registered(self, message: Dict[str, Any]) -> None:
         edge_log.info("%s: registered as %s", self.url, self._edge.name)
@@ -6458,8 +6561,8 @@ class _BridgeLink:
             self._edge.host.on_topology(edges)
 
     def _on_error(self, message: Dict[str, Any]) -> None:
-        edge_log.error("%s: the bridge refuses this edge: %s", self.url,
-                       str(message.get("message"))[:200])
+        edge_log.error("%s: the bridge refuses this edge: %.200r", self.url,
+                       str(message.get("message")))
         self.channel.close("refused by the bridge")
 
     def _on_shutdown(self, message: Dict[str, Any]) -> None:
@@ -9180,10 +9283,13 @@ def sign_request(signer: Optional[Signer], method: str, path: str, content: Any,
     """Return the fields that sign a request; {} for one that only reads, or without a key.
 
     content: what is sent, bytes or an open file, which is read twice. Raises ValueError for an
-    iterable, which can be read only once, when it is about to be sent.
+    iterable, which can be read only once, unless the fields have its Content-Digest.
     """
     if signer is None or method in SAFE_METHODS:
         return {}
+    if "Content-Digest" in fields:                # the caller has read it already
+        known = base64.b64decode(fields["Content-Digest"].split(":")[1])
+        return signer.sign(method, path, known, fields)
     if hasattr(content, "read") and hasattr(content, "seek"):
         begin, found = content.tell(), hashlib.sha256()
         for piece in iter(lambda: content.read(MAX_WINDOW), b""):

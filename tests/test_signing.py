@@ -448,3 +448,21 @@ def test_many_threads_sign_different_nonces():
     for thread in threads:
         thread.join()
     assert len(found) == 200
+
+
+def test_files_are_signed_on_their_way_up_and_down(bridge, tokens, key_file, tmp_path):
+    radical_edge.load_builtin_plugins()
+    (tmp_path / "root").mkdir()
+    edge = Edge(bridge.url, "e1", plugins=["staging"], token=tokens[1]["edge"], client_key=str(key_file),
+                options={"staging_roots": [str(tmp_path / "root")]}).start()
+    assert edge.online.wait(10)
+    wait_until(lambda: "e1" in bridge._registry.links)
+    data = os.urandom(5_000_000)
+    (tmp_path / "here").write_bytes(data)
+    with BridgeClient(bridge.url, client_key=str(key_file)) as client:
+        staging = client.get_edge_client("e1").get_plugin("staging")
+        staging.put(str(tmp_path / "here"), str(tmp_path / "root/there"))
+        assert (tmp_path / "root/there").read_bytes() == data
+        staging.get(str(tmp_path / "root/there"), str(tmp_path / "back"))
+    assert (tmp_path / "back").read_bytes() == data
+    assert edge.stop()
