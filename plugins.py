@@ -69,9 +69,10 @@ from radical_edge import (BadGateway, BadRequest, BridgeURL, Conflict, ContentTo
                           InsufficientStorage, LoopThread, NotFound, NotInstalled, Plugin,
                           PluginClient, PluginSession, Policy, PortFile, PreconditionFailed,
                           ProtocolError, RELAY_NONCE, RESERVED_NAMES, Request, Response,
-                          SSH_OPTIONS, StreamingResponse, TUNNEL_MODES, Target, TooManyRequests, Unavailable,
-                          Unprocessable, Uplink, Workers, answer_relay, delete, encode_digest,
-                          encode_json, encode_port_file, forward_option, get, home_dir, is_ssh_host,
+                          SSH_OPTIONS, StreamingResponse, TUNNEL_MODES, Target, TooManyRequests,
+                          Unavailable, Unprocessable, Uplink, Workers, answer_relay, delete,
+                          encode_digest, encode_json, encode_port_file, forward_option, get,
+                          home_dir, is_ssh_host,
                           is_valid_name, make_child_token, make_etag, note_for_audit,
                           parse_bridge_url, parse_msgpack, post, put, repeatable, tunnels_dir,
                           write_private)
@@ -7568,7 +7569,9 @@ def _refuse_for_backend(task: Dict[str, Any], where: str) -> None:
                                     "'local' knows cwd and env")
     if backend in (LOCAL_BACKEND, "concurrent", "dask") and task.get("ranks", 1) != 1:
         raise Unprocessable(f"{where}.ranks: the backend {backend!r} runs one process for a task")
-    if backend in ("concurrent", "dask") and "function" in task:
+    if backend == "radical_pilot" and "function" in task:
+        raise Unprocessable(f"{where}.function: the backend 'radical_pilot' runs executables alone")
+    if backend in ("concurrent", "dask", "dragon") and "function" in task:
         for name in ("cwd", "env", "timeout"):
             if name in place or name in task:
                 raise Unprocessable(f"{where}.{name}: the backend {backend!r} has it for "
@@ -7871,12 +7874,12 @@ def read_entry(path: Path, place: Tuple[int, int]) -> Dict[str, Any]:
 class HostTask:
     """A task in its host, and what is known of its running. The host's loop owns it."""
 
-    __slots__ = ("uid", "number", "spec", "running", "pid", "slot", "reason", "timer", "waiters",
-                 "handle")
+    __slots__ = ("uid", "number", "spec", "running", "has_output", "pid", "slot", "reason", "timer",
+                 "waiters", "handle")
 
     def __init__(self, uid: str, number: int, spec: Dict[str, Any]) -> None:
         self.uid, self.number, self.spec = uid, number, spec
-        self.running = False
+        self.running = self.has_output = False    # the latter: there are files, perhaps empty ones
         self.pid = self.slot = -1                 # of its process or its worker; of its message
         self.reason: Optional[str] = None         # why it is being ended: "canceled" or "timeout"
         self.timer: Any = None
@@ -7905,6 +7908,7 @@ class TaskHost:
         self._edge: Optional[asyncio.StreamWriter] = None
         self._done = asyncio.Event()
         self._calls: Set["asyncio.Task[None]"] = set()
+        self._made: Set[int] = set()              # directories for output that exist
         self.backend: Any = make_host_backend(self)
 
     async def run(self) -> None:
@@ -7947,15 +7951,21 @@ class TaskHost:
         elif task.reason == "timeout" and outcome["state"] != "DONE":
             outcome = {**outcome, "state": "FAILED", "reason": "timeout",
                        "error": f"it ran for more than its timeout of {task.spec['timeout']:g} s"}
-        self._ended.append({"uid": task.uid, **outcome, "time": time.time(),
-                            **self._find_output(task)})
+        entry = {"uid": task.uid, **outcome, "time": time.time()}
+        if task.has_output:
+            entry.update(self._find_output(task))
+        self._ended.append(entry)
         for waiter in task.waiters:
             _set_done(waiter)
         self._report_soon()
 
-    def output(self, task: HostTask, name: str) -> Path:
-        """Return where a task's "stdout" or "stderr" is kept."""
-        return output_path(self.folder, task.number, name)
+    def output(self, task: HostTask, name: str) -> str:
+        """Return where a task's "stdout" or "stderr" is kept; make the directory."""
+        path = output_path(self.folder, task.number, name)
+        if task.number // 1000 not in self._made:
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            self._made.add(task.number // 1000)
+        return path
 
     def fail(self, error: str) -> None:
         """Take notice that the backend can run no more tasks."""
@@ -8118,22 +8128,21 @@ class TaskHost:
 
     def _find_output(self, task: HostTask) -> Dict[str, int]:
         """Return {"stdout_size", "stderr_size"} in bytes, of those that are not empty."""
-        if task.pid == -1 and not task.running:
-            return {}
         found = {}
         for name in ("stdout", "stderr"):
+            path = self.output(task, name)
             with contextlib.suppress(OSError):
-                size = os.stat(self.output(task, name)).st_size
+                size = os.stat(path).st_size
                 if size:
                     found[f"{name}_size"] = size
                 else:
-                    os.unlink(self.output(task, name))
+                    os.unlink(path)
         return found
 
 
-def output_path(folder: Path, number: int, name: str) -> Path:
+def output_path(folder: Path, number: int, name: str) -> str:
     """Return where the output of a task is kept: a thousand tasks to a directory."""
-    return folder / "output" / str(number // 1000) / f"{number}.{name}"
+    return f"{folder}/output/{number // 1000}/{number}.{name}"
 
 
 def _shorten_end(entry: Dict[str, Any], size: int) -> Dict[str, Any]:
@@ -8326,7 +8335,6 @@ class Executables:
         self._here = ""                           # the working directory of this process
         self._null = os.open(os.devnull, os.O_RDWR)
         self._found: Dict[Tuple[str, Optional[str]], str] = {}   # programs on the PATH
-        self._folders: Set[int] = set()           # of output, that exist
 
     def add(self, tasks: List[HostTask]) -> None:
         """Run programs, as soon as there is room."""
@@ -8424,9 +8432,7 @@ class Executables:
 
     def _open_output(self, task: HostTask, name: str) -> int:
         path = self._host.output(task, name)
-        if task.number // 1000 not in self._folders:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._folders.add(task.number // 1000)
+        task.has_output = True
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
 
 
@@ -8458,6 +8464,7 @@ class FunctionWorkers:
         self.workers: Dict[int, "_Worker"] = {}   # by pid
         self._checks: Dict[str, "asyncio.Future[Optional[str]]"] = {}
         self._closed = False
+        self._encoded: Tuple[Any, bytes] = (None, b"")           # the last description
         self._early = 0                           # workers in a row that died before they began
 
     def add(self, tasks: List[HostTask]) -> None:
@@ -8471,8 +8478,8 @@ class FunctionWorkers:
         if known is None:
             known = self._checks[name] = self._loop.create_future()
             pid, receiver = _fork_checker(name)
-            self._loop.add_reader(receiver, self._on_checked, name, receiver, bytearray())
-            self._loop.call_later(IMPORT_S, _kill_group, pid)
+            timer = self._loop.call_later(IMPORT_S, _kill_group, pid)
+            self._loop.add_reader(receiver, self._on_checked, name, receiver, bytearray(), timer)
         error = await asyncio.shield(known)
         if error is not None:
             self._checks.pop(name, None)          # its author may put it right
@@ -8510,6 +8517,7 @@ class FunctionWorkers:
         os.close(worker.receiver)
         if worker.task is not None:
             worker.move_output(self._host)
+            worker.task.has_output = True
             outcome = _describe_exit(code)
             if code == 0:
                 outcome = {"state": "FAILED", "exit_code": 0}
@@ -8551,7 +8559,9 @@ class FunctionWorkers:
 
     def _encode(self, slot: int, task: HostTask) -> bytes:
         """Return the message for a worker; of a long one, the name of a file that has it."""
-        message = b"%d\n%d\n%s" % (slot, task.number, encode_json(task.spec).encode())
+        if task.spec is not self._encoded[0]:     # the tasks of a template share one
+            self._encoded = task.spec, encode_json(task.spec).encode()
+        message = b"%d\n%d\n%s" % (slot, task.number, self._encoded[1])
         if len(message) <= MAX_MESSAGE_TO_WORKER:
             return message
         path = self._host.folder / f"message.{task.number}"
@@ -8620,11 +8630,13 @@ class FunctionWorkers:
         self._queue.clear()
         self._early = 0
 
-    def _on_checked(self, name: str, receiver: int, buffer: bytearray) -> None:
+    def _on_checked(self, name: str, receiver: int, buffer: bytearray,
+                    timer: asyncio.TimerHandle) -> None:
         data = os.read(receiver, 65536)
         buffer += data
         if data:
             return
+        timer.cancel()                            # its number may be another's soon
         self._loop.remove_reader(receiver)
         os.close(receiver)
         error = buffer[1:].decode(errors="replace") if buffer else \
@@ -8675,9 +8687,8 @@ class _Worker:
         """Give what it has written to the task that ended it."""
         for name in ("stdout", "stderr"):
             with contextlib.suppress(OSError):
-                target = host.output(self.task, name)
-                target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                os.rename(_worker_output(self._folder, self.pid, name), target)
+                os.rename(_worker_output(self._folder, self.pid, name),
+                          host.output(self.task, name))
 
     def remove_output(self) -> None:
         """Delete its files, which are empty now."""
@@ -8761,7 +8772,7 @@ class _FunctionLoop:
             return True
         self._say(b"S", slot)
         outcome = self._run(json.loads(text), number)
-        self._keep_output(number)
+        outcome.update(self._keep_output(number))
         self._say(b"R", slot, encode_json(outcome).encode(errors="replace"))
         return True
 
@@ -8803,17 +8814,21 @@ class _FunctionLoop:
         os.dup2(opened, descriptor)
         os.close(opened)
 
-    def _keep_output(self, number: int) -> None:
-        """Move what a function has printed to where the task's output is kept."""
+    def _keep_output(self, number: int) -> Dict[str, int]:
+        """Move what a function has printed to where the task's output is kept; return its sizes."""
+        sizes = {}
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):  # the function may have closed or replaced it
                 stream.flush()
         for descriptor, name in ((1, "stdout"), (2, "stderr")):
-            if os.fstat(descriptor).st_size:
+            size = os.fstat(descriptor).st_size
+            if size:
+                sizes[f"{name}_size"] = size
                 target = output_path(self._host.folder, number, name)
-                target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                os.makedirs(os.path.dirname(target), 0o700, exist_ok=True)
                 os.rename(_worker_output(self._host.folder, os.getpid(), name), target)
                 self._capture(descriptor, name)
+        return sizes
 
 
 # -- the backends of rhapsody-py, in a host
@@ -8840,9 +8855,11 @@ class LibraryTasks:
         self._given: Dict[str, HostTask] = {}     # what the backend has, by the uid it knows
         self._feeding: Optional["asyncio.Task[None]"] = None
         self._stopping: Set["asyncio.Task[None]"] = set()
+        self._functions: Dict[str, Callable[..., Any]] = {}      # by name
         self._ending: Set[str] = set()            # what _stop() is about to end, by that uid
         self._begun: Set[int] = set()             # functions whose thread has begun; any thread
-        self._stopped: Set[int] = set()           # functions that must not begin; any thread
+        self._stopped: Set[int] = set()           # functions that were to end; any thread. They
+        #                                           stay, for their thread may be about to begin
         self._limit = _IN_FLIGHT_OTHERS if name != "concurrent" else \
             host.settings["task_limit"] or _IN_CONCURRENT
         self._backend: Any = None
@@ -8962,7 +8979,10 @@ class LibraryTasks:
 
     def _guard(self, task: HostTask) -> Callable[..., Any]:
         """Return a task's function such that sys.exit() in it does not end the backend."""
-        function = load_function(task.spec["function"])
+        name = task.spec["function"]
+        function = self._functions.get(name) or load_function(name)
+        if not name.startswith(PICKLED):
+            self._functions[name] = function
         if self._name == "concurrent":
             return functools.partial(self._call_here, task.number, function)
         return functools.partial(_call_guarded, function)
@@ -8998,7 +9018,6 @@ class LibraryTasks:
         task = self._given.pop(made["uid"], None)
         if task is not None:
             self._begun.discard(task.number)
-            self._stopped.discard(task.number)
             self._host.on_end(task, outcome)
             tasks = getattr(self._backend, "tasks", None)
             if isinstance(tasks, dict) and self._name != "radical_pilot":
@@ -9007,9 +9026,10 @@ class LibraryTasks:
 
     def _describe(self, task: HostTask, made: Any, state: str) -> Dict[str, Any]:
         """Return how a task ended; also moves its output. `state` alone says whether it worked."""
-        task.running = True                       # there may be output
-        for name in ("stdout", "stderr"):
-            self._keep_output(task, made, name)
+        if "executable" in task.spec:
+            task.has_output = True
+            for name in ("stdout", "stderr"):
+                self._keep_output(task, made, name)
         error, code = made.get("exception"), made.get("exit_code")
         if code is None and isinstance(error, SystemExit) and isinstance(error.code, int):
             code = error.code                     # the way of dragon
@@ -9030,18 +9050,13 @@ class LibraryTasks:
 
     def _keep_output(self, task: HostTask, made: Any, name: str) -> None:
         """Move a task's output, or write it, to where the host keeps it."""
-        source, target = self._work / f"{made['uid']}.{name}", self._host.output(task, name)
+        source, target = f"{self._work}/{made['uid']}.{name}", self._host.output(task, name)
         text = made.get(name)
-        with contextlib.suppress(OSError):
-            if source.exists():
-                if source.stat().st_size:
-                    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                    os.rename(source, target)
-                else:
-                    os.unlink(source)
-            elif text and "executable" in task.spec and str(text) != str(source):
-                target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                target.write_text(str(text), encoding="utf-8", errors="replace")
+        try:
+            os.rename(source, target)
+        except OSError:                           # radical.pilot has text, and no file
+            if text and str(text) != source:
+                Path(target).write_text(str(text), encoding="utf-8", errors="replace")
 
     async def _stop(self, task: HostTask) -> None:
         """Cancel a task in the backend, and end the processes that it leaves."""
@@ -9147,9 +9162,10 @@ def _expand(directory: str) -> str:
 def _backend_arguments(name: str, host: TaskHost) -> Tuple[Any, ...]:
     """Return the arguments of a backend's constructor: the session's options, and our defaults."""
     options = host.settings["options"]
-    if name == "dask":
-        import cloudpickle
+    if name in ("dask", "dragon"):
+        import cloudpickle                        # both need it themselves
         cloudpickle.register_pickle_by_value(sys.modules[__name__])   # workers know no plugins.py
+    if name == "dask":
         if "address" in options:
             return (options,)
         return ({"dashboard_address": None, "local_directory": str(host.folder / "dask"),
@@ -9263,15 +9279,22 @@ class BackendLink:
         return self.folder / "tasks.log"
 
     async def connect(self) -> bool:
-        """Find the host of an earlier edge; False, and its remains ended, when it is gone."""
+        """Find the host of an earlier edge; False, and its remains ended, when it is gone.
+
+        Raises Unavailable when it is on another machine and has tasks.
+        """
         settings = _json_object(await asyncio.to_thread(_read, str(self.folder / "settings.json")))
         if not settings:
             return False
         self._mark, self._address = settings["mark"], settings["address"]
-        if settings.get("host") == os.uname().nodename:
-            with contextlib.suppress(OSError):
-                await self._dial(settings["address"])
-                return True
+        if settings["host"] != os.uname().nodename:              # a home that several hosts share
+            if self._session.has_live(self):
+                raise Unavailable(f"its tasks were started on {settings['host']}: an edge there "
+                                  "can tell")
+            return False
+        with contextlib.suppress(OSError):
+            await self._dial(settings["address"])
+            return True
         await asyncio.to_thread(end_marked, _HOST_MARK, self._mark, 0.0, 1.0)
         return False
 
@@ -9358,16 +9381,17 @@ class BackendLink:
             directory=str(Path(__file__).resolve().parent)))
         command = [sys.executable, str(self.folder / "host.py"), str(self.folder)]
         environment = {**_clean_environment(), _HOST_MARK: settings["mark"]}
-        if self.name == "dragon":             # it starts Python itself
+        apart: Dict[str, Any] = {"start_new_session": True}
+        if self.name == "dragon":                 # its launcher hangs in a session of its own
+            apart = {"process_group": 0}
             command = [_find_dragon() or "dragon", "-s", *command]
         if self.name in ("dragon", "radical_pilot"):
             environment.update(_activated_environment())
-        if self.name == "radical_pilot":
-            environment["RADICAL_BASE"] = str(self.folder)
+        if self.name == "radical_pilot":          # its logs go to what PWD says
+            environment.update(RADICAL_BASE=str(self.folder), PWD=str(self.folder))
         with open(self.folder / "host.log", "ab") as trouble:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=trouble,
-                                    stderr=trouble, start_new_session=True, cwd=self.folder,
-                                    env=environment)
+                                    stderr=trouble, cwd=self.folder, env=environment, **apart)
 
     async def _dial(self, address: str) -> None:
         reader, writer = await asyncio.open_unix_connection(address, limit=MAX_HOST_LINE)
@@ -9814,6 +9838,10 @@ class RhapsodySession(PluginSession):
         self.notify("session_status", {"sid": self.sid, "status": told[0],
                                        **({"error": told[1]} if told[1] else {})})
 
+    def has_live(self, link: BackendLink) -> bool:
+        """Return whether a backend has tasks that have not ended."""
+        return any(record.link is link for record in self._live.values())
+
     async def catch_up(self, link: BackendLink) -> None:
         """Read in a host's log what it wrote while there was no link to it."""
         await self._load(link)
@@ -9870,7 +9898,7 @@ class RhapsodySession(PluginSession):
     async def _hand_over(self, submission: Submission, key: Optional[str]) -> None:
         """Give tasks to their hosts: none of them, unless each host finds its part right."""
         try:
-            names = {task["backend"] for task in submission.tasks}
+            names = list(dict.fromkeys(task["backend"] for task in submission.tasks))
             parts = [(self._links[name], submission.select(name)) for name in names]
             if len(parts) > 1:
                 for link, part in parts:
@@ -9999,6 +10027,9 @@ def _describe_whole_task(record: TaskRecord, state: Dict[str, Any],
     """Return all there is to say of a task. Blocks."""
     task = read_entry(record.link.log, record.described)
     ended = read_entry(record.link.log, record.ended) if record.ended else {}
+    for name in ("function", "args", "kwargs"):
+        if str(task.get(name)).startswith(PICKLED):
+            task[name] = f"a pickle of {len(task[name]) - len(PICKLED)} bytes"
     whole = {**task, "return_value": None, "error": None, **ended, **state}
     for name, offset in offsets.items():
         path = output_path(record.link.folder, record.number, name)

@@ -4991,10 +4991,10 @@ def test_a_batch_job_goes_through_psij_python(psij, tmp_path, monkeypatch):
 class Process:
     """A command of ours in a process of its own; `lines` are what it has printed."""
 
-    def __init__(self, *arguments, expect=None, env=None):
+    def __init__(self, *arguments, expect=None, env=None, python=sys.executable):
         self.lines, self.errors = [], []
         self.process = subprocess.Popen(
-            [sys.executable, SCRIPT, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [python, SCRIPT, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True, env={**os.environ, **(env or {})}, bufsize=1)
         self._threads = [threading.Thread(target=self._read, args=pair) for pair in (
             (self.process.stdout, self.lines), (self.process.stderr, self.errors))]

@@ -1,0 +1,330 @@
+"""Tasks on the backends of rhapsody-py, the real ones, through a real bridge and a real edge.
+
+    $ tests/setup-rhapsody.sh                              # .venv-rhapsody: rhapsody-py, dask
+    $ python -m pytest tests/test_rhapsody_backends.py     # RADICAL_EDGE_REQUIRE=rhapsody: no skip
+
+The slow ones run only when they are named, after `tests/setup-rhapsody.sh python3 dragon
+radical_pilot`: RADICAL_EDGE_REQUIRE=dragon,radical_pilot.
+"""
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import plugins
+from radical_edge import Conflict, NotInstalled, Unprocessable
+from test_edge import SCRIPT, Process, wait_until
+from test_rhapsody import (PATIENCE, connect, modules, processes_with, refusal,  # noqa: F401
+                           run, script)
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIRED = os.environ.get("RADICAL_EDGE_REQUIRE", "").split(",")
+PYTHONS = {"rhapsody": ROOT / ".venv-rhapsody/bin/python", "dragon": ROOT /
+           ".venv-dragon/bin/python", "radical_pilot": ROOT / ".venv-pilot/bin/python"}
+MODULES = {"rhapsody": "rhapsody, distributed", "dragon": "rhapsody, dragon, flask",
+           "radical_pilot": "rhapsody, radical.pilot"}
+
+
+def find_python(area):
+    """Return a Python that has what an area needs; skip the test when there is none."""
+    for python in (str(PYTHONS[area]), sys.executable):
+        done = subprocess.run([python, "-c", f"import {MODULES[area]}"], capture_output=True) \
+            if os.path.exists(python) else None
+        if done is not None and done.returncode == 0:
+            return python
+    text = f"needs {MODULES[area]}: run tests/setup-rhapsody.sh python3 {area}"
+    if area in REQUIRED:
+        pytest.fail(text)
+    pytest.skip(text)
+
+
+@pytest.fixture
+def edge_with(bridge, tokens, modules, tmp_path):  # noqa: F811
+    """Run an edge as a process: edge_with(python, *arguments) starts it, or its successor."""
+    made = []
+
+    def start(python, *arguments):
+        environment = {"RADICAL_BRIDGE_TOKEN": tokens[1]["edge"]}
+        process = Process("--edge", "--name", "e1", "-p", "rhapsody", "--url", bridge.url,
+                          *arguments, env=environment, expect="registered as e1", python=python)
+        made.append(process)
+        wait_until(lambda: "e1" in bridge._registry.links, 30)
+        return process
+
+    yield start
+    for process in made:
+        process.end()
+
+
+@pytest.fixture(params=["concurrent", "dask"])
+def backend(request):
+    """The name of a backend that is fast enough for every test."""
+    return request.param
+
+
+@pytest.fixture
+def session(edge_with, connect, backend):  # noqa: F811
+    """A session on that backend."""
+    edge_with(find_python("rhapsody"))
+    return connect([backend])
+
+
+def test_programs_run_with_their_output_directory_and_environment(session, tmp_path):
+    done, failed, killed = run(
+        session, script("echo out; echo err >&2; pwd; echo $COLOUR", cwd=str(tmp_path),
+                        env={"COLOUR": "red"}),
+        script("exit 7"), script("kill -9 $$"))
+    assert (done["state"], done["exit_code"]) == ("DONE", 0)
+    assert (failed["state"], failed["exit_code"]) == ("FAILED", 7)
+    assert (killed["state"], killed["exit_code"]) == ("FAILED", 137)
+    task = session.get_task(done["uid"])
+    assert (task["stdout"], task["stderr"]) == (f"out\n{tmp_path}\nred\n", "err\n")
+
+
+def test_output_that_is_not_utf_8_is_fine(session):
+    [done] = run(session, script(r"printf 'a\377b'"))
+    assert done["state"] == "DONE"
+    assert session.get_task(done["uid"])["stdout"] == "a\ufffdb"
+
+
+def test_a_program_that_is_not_there_fails_with_the_reason(session, backend):
+    [failed] = run(session, {"executable": "/no/such/program"})
+    assert failed["state"] == "FAILED" and failed["exit_code"] != 0
+    if backend == "concurrent":                   # of dask's, env(1) says it on stderr
+        assert "/no/such/program" in failed["error"]
+    else:
+        assert "/no/such/program" in session.get_task(failed["uid"])["stderr"]
+
+
+def test_functions_return_their_values_and_fail_alone(session, modules):  # noqa: F811
+    modules("mixed", """
+        import sys
+        def add(a, b=0): return a + b
+        async def later(x): return x
+        def data(): return b"\\xff"
+        def raises(): return {}["missing"]
+        def leaves(): sys.exit(3)
+    """)
+    added, later, data, raised, left, last = run(
+        session, {"function": "mixed:add", "args": [40], "kwargs": {"b": 2}},
+        {"function": "mixed:later", "args": [["x"]]}, {"function": "mixed:data"},
+        {"function": "mixed:raises"}, {"function": "mixed:leaves"},
+        {"function": "mixed:add", "args": [1]})
+    assert (added["return_value"], later["return_value"], last["return_value"]) == (42, ["x"], 1)
+    assert plugins.decode_return(data) == b"\xff"
+    assert raised["state"] == "FAILED" and "KeyError: 'missing'" in raised["error"]
+    assert left["state"] == "FAILED" and "SystemExit" in left["error"]
+
+
+def test_pickled_functions_run_where_they_are_allowed(edge_with, connect, backend):  # noqa: F811
+    python = find_python("rhapsody")
+    edge_with(python, "--allow-pickle")
+    text = subprocess.run([python, "-c", "import base64, cloudpickle; print(base64.b64encode("
+                           "cloudpickle.dumps(lambda n: {n})).decode())"], capture_output=True,
+                          text=True, check=True).stdout.strip()
+    [done] = run(connect([backend]), {"function": plugins.PICKLED + text, "args": [5]})
+    assert done["_return_value_encoding"] == "cloudpickle"
+
+
+@pytest.mark.parametrize("task, word", [
+    ({"function": "no_such_module_here:f"}, "no_such_module_here"),
+    ({"function": "math:pi"}, "function"), ({"prompt": "hello"}, "prompt"),
+    ({"function": "math:sqrt", "cwd": "/"}, "cwd"), ({"executable": "true", "ranks": 2}, "ranks"),
+    ({"executable": "true", "backend": "local"}, "backend"),
+])
+def test_a_wrong_task_is_422_and_none_of_its_batch_runs(session, tmp_path, task, word):
+    error = refusal(session.submit_tasks, [script(f"touch {tmp_path}/ran"), task])
+    assert isinstance(error, Unprocessable) and word in error.detail
+    assert session.list_tasks() == {"tasks": []} and not (tmp_path / "ran").exists()
+
+
+def test_cancel_of_running_programs_leaves_no_process(session):
+    mark = f"cancel-{os.getpid()}-{time.time_ns()}"
+    uids = [task["uid"] for task in session.submit_tasks(
+        [script("sleep 1000 & setsid sleep 1000; sleep 1000", env={"MARK": mark})] * 2)]
+    wait_until(lambda: len(processes_with(mark)) >= 2, 60)
+    for uid in uids:
+        assert session.cancel_task(uid) == {"uid": uid, "status": "canceled"}
+    assert not processes_with(mark)
+    assert {task["state"] for task in session.wait_tasks(uids, 5)} == {"CANCELED"}
+    assert run(session, {"executable": "true"})[0]["state"] == "DONE"
+
+
+def test_a_program_that_takes_longer_than_its_timeout_is_ended(session):
+    mark = f"late-{os.getpid()}-{time.time_ns()}"
+    [failed] = run(session, script("sleep 1000", timeout=1, env={"MARK": mark}))
+    assert (failed["state"], failed["reason"]) == ("FAILED", "timeout")
+    assert not processes_with(mark)
+
+
+def test_a_closed_session_leaves_no_process(session, home):
+    mark = f"close-{os.getpid()}-{time.time_ns()}"
+    session.submit_tasks([script("setsid sleep 1000 & sleep 1000", env={"MARK": mark})])
+    wait_until(lambda: processes_with(mark), 60)
+    sid = session.sid
+    session.close()
+    assert not processes_with(mark) and not processes_with(sid)
+    assert not (home / ".radical/edge/state/e1/rhapsody/tasks" / sid).exists()
+
+
+def test_a_function_that_has_begun_in_a_thread_cannot_be_ended_and_that_is_said(
+        edge_with, connect, modules, tmp_path):  # noqa: F811
+    modules("slow", f"""
+        import os, time
+        def slow():
+            open({str(tmp_path / "begun")!r}, "w").close()
+            while not os.path.exists({str(tmp_path / "go")!r}):
+                time.sleep(0.02)
+    """)
+    edge_with(find_python("rhapsody"))
+    session = connect(["concurrent"])
+    [task] = session.submit_tasks([{"function": "slow:slow"}])
+    wait_until((tmp_path / "begun").exists, 60)
+    error = refusal(session.cancel_task, task["uid"])
+    assert isinstance(error, Conflict) and "local" in error.detail
+    (tmp_path / "go").touch()
+    assert session.wait_tasks([task["uid"]], PATIENCE)[0]["state"] == "DONE"
+
+
+@pytest.mark.parametrize("task, value", [
+    ({"executable": "/bin/true"}, None), ({"function": "math:sqrt", "args": [9]}, 3.0)],
+    ids=["programs", "functions"])
+def test_ten_thousand_tasks_through_a_bridge_are_counted(session, task, value):
+    uids = [task["uid"] for task in session.submit_tasks([dict(task) for _ in range(10_000)])]
+    ended = session.wait_tasks(uids, 900)
+    assert [task["uid"] for task in ended] == uids
+    assert {task["state"] for task in ended} == {"DONE"}
+    assert {task.get("return_value") for task in ended} == {value}
+    assert session.get_statistics()["states"] == {"DONE": 10_000}
+
+
+def test_an_edge_that_is_killed_meanwhile_tells_the_truth_afterwards(
+        edge_with, connect, backend, tmp_path):  # noqa: F811
+    python = find_python("rhapsody")
+    edge = edge_with(python)
+    session = connect([backend])
+    run(session, script("echo early", uid="early"))
+    wait = f"while [ ! -e {tmp_path}/go ]; do sleep 0.05; done"
+    uids = [f"p{n}" for n in range(6)]
+    session.submit_tasks([script(f"echo p{n} >> {tmp_path}/ran; {wait}; echo out; exit {n % 2}",
+                                 uid=f"p{n}") for n in range(6)])
+    wait_until(lambda: (tmp_path / "ran").exists(), 60)
+    edge.end(9)
+    (tmp_path / "go").touch()
+    wait_until(lambda: (tmp_path / "ran").read_text().count("\n") == 6, PATIENCE)
+    edge_with(python)
+    ended = session.wait_tasks(uids, PATIENCE)
+    assert [task["state"] for task in ended] == ["DONE", "FAILED"] * 3
+    assert session.get_task("p0")["stdout"] == "out\n"
+    assert session.get_task("early")["stdout"] == "early\n"
+    assert sorted((tmp_path / "ran").read_text().split()) == uids
+    wait_until(lambda: session.get_status()["status"] == "ready", PATIENCE)
+    assert run(session, {"executable": "true"})[0]["state"] == "DONE"
+
+
+def test_an_edge_whose_host_is_killed_too_tells_the_truth_and_leaves_no_process(
+        edge_with, connect, backend):  # noqa: F811
+    mark = f"both-{os.getpid()}-{time.time_ns()}"
+    python = find_python("rhapsody")
+    edge = edge_with(python)
+    session = connect([backend])
+    session.submit_tasks([script("sleep 1000", uid="a", env={"MARK": mark})])
+    wait_until(lambda: processes_with(mark), 60)
+    edge.end(9)
+    for pid in processes_with(f"{session.sid}/{backend}/host.py"):
+        os.kill(pid, signal.SIGKILL)
+    edge_with(python)
+    [ended] = session.wait_tasks(["a"], PATIENCE)
+    assert (ended["state"], ended["reason"]) == ("FAILED", plugins.EDGE_RESTART)
+    wait_until(lambda: not processes_with(mark), 30)
+    wait_until(lambda: session.get_status()["status"] == "ready", PATIENCE)
+
+
+def test_a_session_has_several_backends_and_a_task_names_one(edge_with, connect):  # noqa: F811
+    edge_with(find_python("rhapsody"))
+    session = connect(["concurrent", "local", "noop"])
+    tasks = [{"executable": "true", "backend": name} for name in ("local", "noop", "concurrent")]
+    run(session, *tasks, {"executable": "true"})
+    assert sorted(task["backend"] for task in session.list_tasks()["tasks"]) == [
+        "concurrent", "concurrent", "local", "noop"]
+    error = refusal(session.submit_tasks, [{"executable": "true", "backend": "local"}, {
+        "function": "no_such_module_here:f", "backend": "concurrent"}])
+    assert isinstance(error, Unprocessable)
+    assert session.get_statistics()["tasks"] == 4
+
+
+def test_the_default_is_concurrent_where_rhapsody_py_is_installed(edge_with, connect):  # noqa: F811
+    edge_with(find_python("rhapsody"))
+    session = connect([])
+    run(session, {"executable": "true"})
+    assert session.list_tasks()["tasks"][0]["backend"] == "concurrent"
+
+
+# ---------------------------------------------------------------------------
+# The slow ones: a minute each
+# ---------------------------------------------------------------------------
+
+@pytest.fixture(params=["dragon", "radical_pilot"])
+def slow_backend(request):
+    """The name of a backend that must be asked for."""
+    if request.param not in REQUIRED:
+        pytest.skip(f"slow: runs with RADICAL_EDGE_REQUIRE={request.param}")
+    return request.param
+
+
+OPTIONS = {"radical_pilot": {"cores": 2, "runtime": 10}, "dragon": {}}
+
+
+def test_a_slow_backend_runs_tasks_cancels_them_and_leaves_nothing(
+        edge_with, connect, slow_backend, tmp_path, home):  # noqa: F811
+    mark = f"slow-{os.getpid()}-{time.time_ns()}"
+    edge_with(find_python(slow_backend))
+    session = connect([{"name": slow_backend, "options": OPTIONS[slow_backend]}])
+    done, failed = run(session, script("echo out; echo $COLOUR", env={"COLOUR": "red"}),
+                       script("exit 3"), timeout=400)
+    assert done["state"] == "DONE" and (failed["state"], failed["exit_code"]) == ("FAILED", 3)
+    assert session.get_task(done["uid"])["stdout"].split() == ["out", "red"]
+    if slow_backend == "dragon":
+        value, failed = run(session, {"function": "math:sqrt", "args": [9]},
+                            {"function": "sys:exit", "args": [3]}, timeout=400)
+        assert value["return_value"] == 3.0 and failed["state"] == "FAILED"
+    else:
+        error = refusal(session.submit_tasks, [{"function": "math:sqrt", "args": [9]}])
+        assert isinstance(error, Unprocessable) and "function" in error.detail
+    [task] = session.submit_tasks([{"executable": "sleep", "arguments": ["1000"],
+                                    "env": {"MARK": mark}}])
+    wait_until(lambda: processes_with(mark), 120)
+    assert session.cancel_task(task["uid"])["status"] == "canceled"
+    wait_until(lambda: not processes_with(mark), 60)
+    sid = session.sid
+    session.close()
+    wait_until(lambda: not processes_with(sid), 60)
+    assert not (home / ".radical/edge/state/e1/rhapsody/tasks" / sid).exists()
+
+
+def test_a_pilot_that_ends_fails_its_tasks_and_the_edge_lives(edge_with, connect):  # noqa: F811
+    if "radical_pilot" not in REQUIRED:
+        pytest.skip("slow: runs with RADICAL_EDGE_REQUIRE=radical_pilot")
+    edge = edge_with(find_python("radical_pilot"))
+    session = connect([{"name": "radical_pilot", "options": {"cores": 2, "runtime": 1}}])
+    session.submit_tasks([{"executable": "sleep", "arguments": ["1000"], "uid": "a"}])
+    [ended] = session.wait_tasks(["a"], 400)      # the pilot may run for a minute
+    assert ended["state"] in ("FAILED", "CANCELED")
+    assert edge.process.poll() is None
+    assert session.get_statistics()["tasks"] == 1
+
+
+def test_a_resource_that_there_is_not_fails_the_session_with_the_reason(
+        edge_with, connect):  # noqa: F811
+    if "radical_pilot" not in REQUIRED:
+        pytest.skip("slow: runs with RADICAL_EDGE_REQUIRE=radical_pilot")
+    edge = edge_with(find_python("radical_pilot"))
+    error = refusal(connect, [{"name": "radical_pilot", "options": {"resource": "no.where"}}])
+    assert error.status == 503 and "unknown" in error.detail
+    assert edge.process.poll() is None
