@@ -1,12 +1,18 @@
 """The plugins that come with Radical Edge; radical_edge.py loads this file from beside it.
 
     1. sysinfo     the machine: CPU, memory, disks, network, GPUs
+    1. sysinfo    the machine: CPU, memory, disks, network, GPUs
     2. queue_info  the batch system: queues, jobs, allocations, of Slurm or PBS
     3. tunnels     edges that an edge starts, where only it can reach the bridge
+    3. tunnels    edges that an edge starts, where only it can reach the bridge
     4. psij        jobs: a local executor of our own, and the batch systems through psij-python
+    4. psij       jobs: a local executor of our own, and the batch systems through psij-python
     5. staging    files: there and back, over every break, and never out of the allowed roots
     6. rhapsody    tasks: a local backend of our own, and the backends of rhapsody-py
+    6. rhapsody   tasks: a local backend of our own, and the backends of rhapsody-py
     7. lucid       pilots and tasks through RADICAL-Pilot, which runs in a child process
+    7. lucid      pilots and tasks through RADICAL-Pilot, which runs in a child process
+    8. xgfabric   a workflow over several edges
 
 Optional packages are imported where they are needed, and a plugin that lacks one says so.
 """
@@ -50,6 +56,7 @@ import shutil
 import signal
 import socket
 import stat
+import string
 import struct
 import subprocess
 import sys
@@ -64,25 +71,27 @@ from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, L
                     Optional, Set, Tuple, Type, Union)
 
 import radical_edge
-from radical_edge import (BadGateway, BadRequest, BridgeURL, Conflict, ContentTooLarge,
-                          DeadlineExceeded, EdgeError, FileResponse, Forbidden, HttpResponse,
+from radical_edge import (RELAY_NONCE, RESERVED_NAMES, SSH_OPTIONS, TUNNEL_MODES, BadGateway,
+                          BadRequest, BridgeClient, BridgeURL, Conflict, ContentTooLarge,
+                          DeadlineExceeded, EdgeError, FileResponse, Forbidden, Gone, HttpResponse,
                           InsufficientStorage, LoopThread, NotFound, NotInstalled, Plugin,
                           PluginClient, PluginSession, Policy, PortFile, PreconditionFailed,
-                          ProtocolError, RELAY_NONCE, RESERVED_NAMES, Request, Response,
-                          SSH_OPTIONS, StreamingResponse, TUNNEL_MODES, Target, TooManyRequests,
-                          Unavailable, Unprocessable, Uplink, Workers, answer_relay, delete,
-                          encode_digest, encode_json, encode_port_file, forward_option, get,
-                          home_dir, is_ssh_host,
+                          ProtocolError, Request, Response, StreamingResponse, Target,
+                          TooManyRequests, Unauthorized, Unavailable, Unprocessable, Uplink,
+                          Workers, answer_relay, default_token, delete, encode_digest, encode_json,
+                          encode_port_file, forward_option, get, home_dir, is_ssh_host,
                           is_valid_name, make_child_token, make_etag, note_for_audit,
-                          parse_bridge_url, parse_msgpack, post, put, repeatable, tunnels_dir,
-                          write_private)
+                          parse_bridge_url, parse_msgpack, post, put, read_private, repeatable,
+                          tunnels_dir, write_private)
 
-__all__ = ["FileExists", "FileMissing", "LocalExecutor", "LucidClient", "LucidSession",
-           "PSIJClient", "PSIJSession", "PilotChild", "PluginLucid", "PluginPSIJ",
-           "PluginQueueInfo", "PluginRhapsody", "PluginStaging", "PluginSysInfo", "QueueInfo",
-           "QueueInfoClient", "QueueInfoPBS", "QueueInfoSession", "QueueInfoSlurm", "Relay",
-           "ReverseSSH", "RhapsodyClient", "RhapsodySession", "StagingClient", "StagingSession",
-           "SysInfoClient", "SysInfoProvider", "SysInfoSession", "Tunnels", "decode_return"]
+__all__ = ["ClusterStatus", "FileExists", "FileMissing", "LocalExecutor", "LucidClient",
+           "LucidSession", "PSIJClient", "PSIJSession", "PilotChild", "PluginLucid", "PluginPSIJ",
+           "PluginQueueInfo", "PluginRhapsody", "PluginStaging", "PluginSysInfo", "PluginXGFabric",
+           "QueueInfo", "QueueInfoClient", "QueueInfoPBS", "QueueInfoSession", "QueueInfoSlurm",
+           "Relay", "ResourceConfig", "ReverseSSH", "RhapsodyClient", "RhapsodySession",
+           "StagingClient", "StagingSession", "SysInfoClient", "SysInfoProvider", "SysInfoSession",
+           "Tunnels", "WorkflowConfig", "WorkflowState", "XGFabricClient", "XGFabricSession",
+           "config_to_dict", "decode_return", "dict_to_config", "dict_to_resource_config"]
 
 # ---------------------------------------------------------------------------
 # 1. sysinfo: what the machine is and how busy it is. Parsers turn text into values; the provider
@@ -11239,3 +11248,1681 @@ def parse_seconds(text: str, name: str) -> float:
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?", text):
         raise Unprocessable(f"{name}: {text[:40]!r} is not a number of seconds, 0 or more")
     return float(text)
+
+
+# ---------------------------------------------------------------------------
+# 8. xgfabric: a workflow over several edges: sensor data, simulations, training, evaluation. First
+#    what is configured, measured and chosen, without I/O; then files and programs; then the calls
+#    to other edges; then a run, in a thread of its own; then session, client and plugin.
+# ---------------------------------------------------------------------------
+
+log_xgfabric = logging.getLogger("radical_edge.xgfabric")
+
+PATIENCE_S = 600.0             # another edge, or the bridge, may be away so long
+CONNECT_S = 30.0               # ... when a run begins
+CLEAN_UP_S = 30.0              # ... and when it cleans up
+CALL_S = 60.0                  # one call to another edge
+POLL_TASKS_S = 2.0             # one wait for tasks; a cancellation waits as long
+LOOK_S = 15.0                  # between looks at the state of the pilot's job
+STOP_WAIT_S = 45.0             # stop answers then, although the run still cleans up
+SENSPOT_S = 30.0               # one call of senspot-get
+MAX_SENSOR_FAILURES = 10       # readings in a row that cannot be used
+MAX_LOG = 50                   # messages in the state
+MAX_CONFIG = 1024 * 1024       # bytes of a configuration file
+MAX_CONFIGS = 1000             # files in the configuration directory
+
+DEFAULT_CONFIG = "__default__"
+BUILTIN_NAMES = (DEFAULT_CONFIG, "default", "test")
+DEFAULT_WORKFLOW_PATH = "~/xgfabric/intheloop"
+PILOT_PLUGINS = "sysinfo,staging,rhapsody"
+BATCH_EXECUTORS = ("slurm", "pbs", "lsf", "cobalt")
+TASK_DONE = frozenset(("DONE", "COMPLETED"))
+TASK_FINAL = TASK_DONE | {"FAILED", "CANCELED"}
+CLIENT_TOKEN = "client-token"  # the file beside `token` with which a run calls other edges
+TOKEN_HELP = ("a run calls other edges as a client: on the bridge make a token with --token add "
+              "NAME, and put it into ~/.radical/edge/client-token on this edge (chmod 600)")
+
+_SENSPOT_PLACES = ("~/bin", "~/common/cspot/build/bin",
+                   "/global/common/software/m5290/cspot/build/bin")
+_CONFIG_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+_FORMAT_SPEC = re.compile(r"[<>^]?0?[0-9]{0,2}(\.[0-9]{1,2})?[defgs]?")
+_SIMULATION_PLACES = ("workflow_path", "sim_output_dir", "wind_speed", "sim_id", "wind_dir")
+_TRAINING_PLACES = ("workflow_path", "sensor_dir", "sim_dir", "output_dir", "model")
+_EVALUATION_PLACES = ("workflow_path", "sensor_file", "eval_output")
+
+
+@dataclasses.dataclass
+class ResourceConfig:
+    """Where to run: the bridge, and of each cluster, by its edge's name, what its queue needs.
+
+    A cluster has queue, account, duration (seconds), nodes, executor, custom_attributes, tunnel (of
+    psij's submit_tunneled), workflow_path, backend (of rhapsody), has_gpu and cluster_type
+    ("immediate" or "allocate"), all optional. The edge's own bridge is used; bridge_url is only for
+    a session without one.
+    """
+    name: str = "default"
+    bridge_url: str = "https://localhost:8000"
+    bridge_cert: Optional[str] = None
+    cluster_configs: Dict[str, Dict] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class WorkflowConfig:
+    """What to run: {"executable", "arguments"} of each task, with {placeholders}, and how often."""
+    name: str = "default"
+    description: str = ""
+    local_workspace: str = "/tmp/xgfabric_workspace"
+    cspot_woof_url: str = "woof://128.111.45.61/davisstations/daviscupsout"
+    cspot_limit: int = 10
+    num_simulations: int = 16
+    batch_size: int = 4
+    train_models: List[str] = dataclasses.field(default_factory=lambda: ["pcr", "pinn", "fno"])
+    simulation_task: Optional[Dict] = None
+    training_tasks: Dict[str, Dict] = dataclasses.field(default_factory=dict)
+    evaluation_task: Optional[Dict] = None
+    mock_sensor_data: bool = False
+
+
+@dataclasses.dataclass
+class ClusterStatus:
+    """An edge as a run sees it. cluster_type: "immediate" or "allocate"."""
+    name: str
+    edge_name: str
+    cluster_type: str
+    has_gpu: bool = False
+    online: bool = False
+    tasks_running: int = 0
+    pilot_job_id: Optional[str] = None
+    pilot_status: Optional[str] = None
+
+
+@dataclasses.dataclass
+class WorkflowState:
+    """How far a run is. status: "idle", "running", "completed", "failed" or "cancelled".
+
+    progress: percent. Times are UTC, ISO 8601. log: {"time", "level", "message"}, the newest first.
+    """
+    status: str = "idle"
+    phase: str = ""
+    progress: int = 0
+    message: str = ""
+    start_time: Optional[str] = None
+    end_time: Optional[str] = None
+    error: Optional[str] = None
+    active_cluster: Optional[str] = None
+    completed_simulations: int = 0
+    total_simulations: int = 0
+    current_batch: int = 0
+    total_batches: int = 0
+    pilot_jobs: Dict[str, str] = dataclasses.field(default_factory=dict)
+    immediate_clusters: List[Dict] = dataclasses.field(default_factory=list)
+    allocate_clusters: List[Dict] = dataclasses.field(default_factory=list)
+    log: List[Dict] = dataclasses.field(default_factory=list)
+    config_name: Optional[str] = None
+    config_dir: Optional[str] = None
+
+
+# -- what is configured
+
+def config_to_dict(cfg: WorkflowConfig) -> Dict:
+    """Return a configuration as a JSON value."""
+    return dataclasses.asdict(cfg)
+
+
+def dict_to_config(d: Dict) -> WorkflowConfig:
+    """Return the configuration of a JSON value; unknown fields are left out.
+
+    Raises Unprocessable, which names the field.
+    """
+    return WorkflowConfig(**_take_fields(d, _WORKFLOW_FIELDS, "config", ""))
+
+
+def dict_to_resource_config(d: Dict) -> ResourceConfig:
+    """Return the resource configuration of a JSON value; unknown fields are left out.
+
+    Raises Unprocessable, which names the field.
+    """
+    return ResourceConfig(**_take_fields(d, _RESOURCE_CONFIG_FIELDS, "resource", ""))
+
+
+_Check = Callable[[Any, str], Any]
+
+
+def _take_fields(value: Any, checks: Dict[str, _Check], whole: str, prefix: str) -> Dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Unprocessable(f"{whole}: must be an object")
+    return {name: check(value[name], prefix + name) for name, check in checks.items()
+            if value.get(name) is not None}
+
+
+def _take_text(value: Any, field: str) -> str:
+    if not _is_text(value) or len(value) > 4096:
+        raise Unprocessable(f"{field}: must be a string of at most 4096 characters")
+    return value
+
+
+def _take_name(value: Any, field: str) -> str:
+    if not isinstance(value, str) or not _CONFIG_NAME.fullmatch(value):
+        raise Unprocessable(f"{field}: must be 1 to 64 letters, digits, '_', '.' or '-', and not "
+                            "begin with '.' or '-'")
+    return value
+
+
+def _take_flag(value: Any, field: str) -> bool:
+    if not isinstance(value, bool):
+        raise Unprocessable(f"{field}: must be true or false")
+    return value
+
+
+def _take_count(limit: int) -> _Check:
+    def check(value: Any, field: str) -> int:
+        if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
+            value = int(value)                    # forms send text
+        if not _is_count(value) or value > limit:
+            raise Unprocessable(f"{field}: must be a whole number from 1 to {limit}")
+        return value
+    return check
+
+
+def _take_choice(*choices: str) -> _Check:
+    def check(value: Any, field: str) -> str:
+        if value not in choices:
+            raise Unprocessable(f"{field}: must be one of {', '.join(choices)}")
+        return value
+    return check
+
+
+def _take_workspace(value: Any, field: str) -> str:
+    path = os.path.expanduser(_take_text(value, field))
+    if not os.path.isabs(path) or ".." in path.split("/"):
+        raise Unprocessable(f"{field}: must be an absolute path without '..'")
+    return value
+
+
+def _take_names(value: Any, field: str) -> List[str]:
+    if not isinstance(value, list) or len(value) > 100:
+        raise Unprocessable(f"{field}: must be a list of names")
+    return [_take_name(item, f"{field}[{index}]") for index, item in enumerate(value)]
+
+
+def _take_task(places: Iterable[str]) -> _Check:
+    """Return what checks a task template: an executable, arguments, and known placeholders only."""
+    def check(value: Any, field: str) -> Dict[str, Any]:
+        if not isinstance(value, dict) or not value.get("executable"):
+            raise Unprocessable(f"{field}: must be an object with executable and arguments")
+        arguments = value.get("arguments", [])
+        if not isinstance(arguments, list) or len(arguments) > 1000:
+            raise Unprocessable(f"{field}.arguments: must be a list of strings")
+        _check_template(value["executable"], f"{field}.executable", places)
+        for index, argument in enumerate(arguments):
+            _check_template(argument, f"{field}.arguments[{index}]", places)
+        return {"executable": value["executable"], "arguments": arguments}
+    return check
+
+
+def _check_template(text: Any, field: str, places: Iterable[str]) -> None:
+    """Refuse what str.format_map() would fail at, or take for more than a placeholder."""
+    try:
+        parts = list(string.Formatter().parse(_take_text(text, field)))
+    except ValueError as error:
+        raise Unprocessable(f"{field}: {error}; write {{{{ and }}}} for braces") from None
+    for _, name, spec, conversion in parts:
+        if name is None:
+            continue
+        if name not in places or conversion or not _FORMAT_SPEC.fullmatch(spec or ""):
+            raise Unprocessable(f"{field}: there is no placeholder {{{name[:40]}}}; there are: "
+                                f"{', '.join(places)}; write {{{{ and }}}} for braces")
+
+
+def _take_training_tasks(value: Any, field: str) -> Dict[str, Dict]:
+    if not isinstance(value, dict) or len(value) > 100:
+        raise Unprocessable(f"{field}: must be an object of models and their tasks")
+    check = _take_task(_TRAINING_PLACES)
+    return {_take_name(model, field): check(task, f"{field}.{model}")
+            for model, task in value.items()}
+
+
+def _take_object(value: Any, field: str) -> Dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Unprocessable(f"{field}: must be an object")
+    return value
+
+
+def _take_clusters(value: Any, field: str) -> Dict[str, Dict]:
+    if not isinstance(value, dict) or len(value) > 1000:
+        raise Unprocessable(f"{field}: must be an object of edge names and their settings")
+    return {_take_name(edge, field): _take_fields(cluster, _CLUSTER_FIELDS, f"{field}.{edge}",
+                                                  f"{field}.{edge}.")
+            for edge, cluster in value.items()}
+
+
+_WORKFLOW_FIELDS: Dict[str, _Check] = {
+    "name": _take_name, "description": _take_text, "local_workspace": _take_workspace,
+    "cspot_woof_url": _take_text, "cspot_limit": _take_count(10_000),
+    "num_simulations": _take_count(10_000), "batch_size": _take_count(1000),
+    "train_models": _take_names, "simulation_task": _take_task(_SIMULATION_PLACES),
+    "training_tasks": _take_training_tasks, "evaluation_task": _take_task(_EVALUATION_PLACES),
+    "mock_sensor_data": _take_flag}
+_CLUSTER_FIELDS: Dict[str, _Check] = {
+    "queue": _take_text, "account": _take_text, "duration": _take_count(10 * 366 * 86400),
+    "nodes": _take_count(1_000_000), "executor": _take_name, "workflow_path": _take_text,
+    "custom_attributes": _take_object, "backend": _take_name, "tunnel": _take_text,
+    "has_gpu": _take_flag, "cluster_type": _take_choice("immediate", "allocate")}
+_RESOURCE_CONFIG_FIELDS: Dict[str, _Check] = {
+    "name": _take_name, "bridge_url": _take_text, "bridge_cert": _take_text,
+    "cluster_configs": _take_clusters}
+
+
+def _task(command: str) -> Dict[str, Any]:
+    executable, *arguments = shlex.split(command)
+    return {"executable": executable, "arguments": arguments}
+
+
+_DEFAULT_WORKFLOW = {
+    "name": "default", "cspot_limit": 9,
+    "description": "CFD simulations of the wind at a screen house, and models trained on them",
+    "simulation_task": _task(
+        "{workflow_path}/simulation/runme.sh {workflow_path}/simulation/cups_structure.zip 32 "
+        "{wind_speed} 0.0 0.0 {sim_output_dir} '1 4 1' {sim_id} {wind_dir}"),
+    "training_tasks": {
+        "pcr": _task("{workflow_path}/training/pcr/train_pcr.sh {sensor_dir} --simulations-dir "
+                     "{sim_dir} --output-dir {output_dir}/pcr"),
+        "pinn": _task("python3 {workflow_path}/training/pinn/train_pinn.py {sim_dir} pinn_model "
+                      "--output_dir {output_dir}/pinn"),
+        "fno": _task("python3 {workflow_path}/training/fno/train_fno.py --data-dir {sim_dir} "
+                     "--output-dir {output_dir}/fno")},
+    "evaluation_task": _task("python3 {workflow_path}/evaluation/evaluate.py {sensor_file} "
+                             "{eval_output}")}
+_TEST_WORKFLOW = {
+    "name": "test", "description": "Small stand-ins for all tasks, and made-up sensor data",
+    "cspot_limit": 9, "num_simulations": 4, "batch_size": 2, "train_models": ["pcr"],
+    "mock_sensor_data": True, "simulation_task": _task("bash -c \"sleep 3 && echo '1 2 3 4'\""),
+    "training_tasks": {"pcr": _task("bash -c \"sleep 1 && echo 'training done'\"")},
+    "evaluation_task": _task("bash -c \"sleep 1 && echo 'evaluation done'\"")}
+_TEST_RESOURCE = {
+    "name": "test", "cluster_configs": {
+        "anvil": {"queue": "wholenode", "account": "dmr140125", "duration": 600, "nodes": 1,
+                  "executor": "slurm", "workflow_path": DEFAULT_WORKFLOW_PATH},
+        "frontier": {"queue": "batch", "account": "fus183", "duration": 600, "nodes": 1,
+                     "executor": "slurm", "workflow_path": DEFAULT_WORKFLOW_PATH},
+        "ucsb": {"workflow_path": DEFAULT_WORKFLOW_PATH, "cluster_type": "immediate"}}}
+
+
+def builtin_workflow(name: str) -> Optional[Dict]:
+    """Return the workflow configuration that comes with the plugin, None if it is not a builtin."""
+    if name not in BUILTIN_NAMES:
+        return None
+    return config_to_dict(dict_to_config(_TEST_WORKFLOW if name == "test" else _DEFAULT_WORKFLOW))
+
+
+def builtin_resource(name: str) -> Optional[Dict]:
+    """Return the resource configuration that comes with the plugin, None if there is none."""
+    if name not in BUILTIN_NAMES:
+        return None
+    return dataclasses.asdict(dict_to_resource_config(
+        _TEST_RESOURCE if name == "test" else {"name": "default"}))
+
+
+def render_task(template: Dict[str, Any], values: Dict[str, Any]) -> Dict[str, Any]:
+    """Return {"executable", "arguments"} with the values in place of their placeholders."""
+    return {"executable": template["executable"].format_map(values),
+            "arguments": [argument.format_map(values) for argument in template["arguments"]]}
+
+
+# -- what is measured
+
+class SensorRecord(NamedTuple):
+    """A reading: UTC time, wind speed and its average in m/s, direction in degrees."""
+    dt: str
+    windspeed: float
+    windavg: float
+    winddir: float
+
+
+def parse_seq_no(text: str) -> Optional[int]:
+    """Return the number of the last record, of what `senspot-get -W` prints; None without one."""
+    match = re.search(r"seq_no:\s+([0-9]{1,18})\b", text)
+    return int(match[1]) if match else None
+
+
+def parse_sensor_record(text: str) -> Optional[SensorRecord]:
+    """Return the reading that senspot-get printed: "speed:average:direction ... time: epoch".
+
+    Some stations send miles per hour: speeds above 50 are taken for such. None for a line that is
+    no reading.
+    """
+    number = r"(-?[0-9]{1,9}(?:\.[0-9]{0,9})?)"
+    when = r"([0-9]{1,11}(?:\.[0-9]{0,9})?)(?![0-9])"
+    match = re.search(rf"(?<![\w.:-]){number}:{number}:{number}\b.*?\btime:\s*{when}", text,
+                      re.DOTALL)
+    if match is None:
+        return None
+    speed, average, direction, seconds = map(float, match.groups())
+    if speed > 50:
+        speed, average = speed * 0.44704, average * 0.44704
+    return SensorRecord(_format_time(seconds), round(speed, 4), round(average, 4), direction)
+
+
+def _format_time(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime(
+        "%Y-%m-%dT%H:%M:%SZ")
+
+
+def make_mock_records(count: int, now: float) -> List[SensorRecord]:
+    """Return made-up readings, 8 or more, five minutes apart; the last is of `now`."""
+    count = max(count, 8)
+    return [SensorRecord(_format_time(now - 300 * (count - 1 - index)), 2.0 + 0.5 * index,
+                         2.0 + 0.5 * index, 90.0 + 5 * index) for index in range(count)]
+
+
+def encode_sensor_csv(records: Iterable[SensorRecord]) -> str:
+    """Return readings as CSV with a line of names."""
+    lines = [",".join(map(str, record)) for record in records]
+    return "\n".join([",".join(SensorRecord._fields), *lines]) + "\n"
+
+
+def make_parameters(records: Iterable[SensorRecord], count: int) -> List[Tuple[float, float, int]]:
+    """Return (wind speed, wind direction, id) of each simulation, in even steps over the readings.
+
+    Raises EdgeError when no reading has a speed between 0.5 and 30 m/s.
+    """
+    speeds = [record.windspeed for record in records if 0.5 < record.windspeed < 30]
+    if not speeds:
+        raise EdgeError("no reading has a wind speed between 0.5 and 30 m/s")
+    step = (max(speeds) - min(speeds)) / max(1, count - 1)
+    return [(round(min(speeds) + index * step, 2), 0.0, index) for index in range(count)]
+
+
+# -- what is chosen
+
+def classify_edges(edges: Dict[str, Any], clusters: Dict[str, Dict]
+                   ) -> Tuple[List[Dict], List[Dict]]:
+    """Return the clusters that run tasks at once, and those where a pilot must be queued.
+
+    edges: {name: {"plugins": names}}. cluster_type decides, then the name: what has "ucsb" in it is
+    immediate; then whether the edge has queue_info. Edges that lack the plugins for their part, and
+    children of others (NAME.1), are left out. Those that are configured come first, in that order.
+    """
+    immediate, allocate = [], []
+    order = [name for name in clusters if name in edges]
+    for name in order + sorted(set(edges) - set(order)):
+        plugins, settings = set(edges[name].get("plugins") or ()), clusters.get(name, {})
+        parent, _, number = name.rpartition(".")
+        if number.isdigit() and parent in edges:
+            continue
+        queued = "queue_info" in plugins and "ucsb" not in name
+        kind = settings.get("cluster_type") or ("allocate" if queued else "immediate")
+        needed = {"psij"} if kind == "allocate" else {"rhapsody", "staging"}
+        if needed <= plugins:
+            status = ClusterStatus(name, name, kind, online=True)
+            described = {**dataclasses.asdict(status), **settings}
+            (allocate if kind == "allocate" else immediate).append(described)
+    return immediate, allocate
+
+
+def result_name(wind_speed: float, wind_dir: float, sim_id: int) -> str:
+    """Return the name of the file in which a simulation leaves its result."""
+    return f"sim_{sim_id}_ws_{wind_speed}_wd_{wind_dir}.csv"
+
+
+def make_pilot_spec(cluster: Dict[str, Any], child: str, executor: str) -> Dict[str, Any]:
+    """Return the job_spec of the pilot whose edge will be named `child`, for submit_tunneled."""
+    attributes: Dict[str, Any] = {"duration": cluster.get("duration", 3600)}
+    if executor != "local":                       # which has neither queues nor nodes
+        attributes.update(queue_name=cluster.get("queue", "regular"),
+                          node_count=cluster.get("nodes", 1))
+        for name in ("account", "custom_attributes"):
+            if cluster.get(name):
+                attributes[name] = cluster[name]
+    return {"arguments": ["--name", child, "-p", PILOT_PLUGINS], "attributes": attributes}
+
+
+def describe_failure(label: str, task: Dict[str, Any], command: Dict[str, Any]) -> str:
+    """Return a line about a task that failed, of bounded length."""
+    words = " ".join([command["executable"], *command["arguments"]])
+    parts = [f"FAILED {label}: state={task.get('state')} exit={task.get('exit_code')}", words[:120]]
+    for name in ("exception", "error", "stderr"):
+        text = str(task.get(name) or "").strip()
+        if text:
+            parts.append(text[-200:])
+    return " | ".join(parts)
+
+
+# -- files and programs
+
+class ConfigFiles:
+    """Configurations as JSON files of one directory, NAME.json. Its methods block; any thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def list(self) -> List[Dict[str, Any]]:
+        """Return {"name", "description", "modified"} of each file, by name."""
+        found = []
+        for path in sorted(self._folder.glob("*.json"))[:MAX_CONFIGS]:
+            try:
+                config = self._read(path)
+                modified = _format_time(path.lstat().st_mtime)
+            except (EdgeError, OSError) as error:
+                log_xgfabric.warning("%s: left out: %s", path, error)
+                continue
+            found.append({"name": path.stem, "description": str(config.get("description", "")),
+                          "modified": modified})
+        return found
+
+    def load(self, name: Any) -> Dict[str, Any]:
+        """Return what a file holds, as it is. Raises NotFound, or Unprocessable for a bad name."""
+        return self._read(self._find(name))
+
+    def save(self, data: Any) -> str:
+        """Check a workflow or resource configuration and write it; return its name.
+
+        What has cluster_configs is a resource configuration. Raises Unprocessable by field.
+        """
+        _take_object(data, "config")
+        name = _take_name(data.get("name"), "name")
+        if name in BUILTIN_NAMES:
+            raise Unprocessable(f"name: {name!r} is that of a builtin configuration")
+        checked = dataclasses.asdict(dict_to_resource_config(data) if "cluster_configs" in data
+                                     else dict_to_config(data))
+        text = json.dumps(checked, indent=2) + "\n"
+        path = self._find(name)
+        if len(text) > MAX_CONFIG:
+            raise Unprocessable(f"config: has more than {MAX_CONFIG} bytes")
+        if not path.exists() and len(list(self._folder.glob("*.json"))) >= MAX_CONFIGS:
+            raise TooManyRequests(f"there are {MAX_CONFIGS} configurations: delete some")
+        try:
+            write_private(path, text)
+        except OSError as error:
+            raise Unprocessable(f"config: {path} cannot be written: {error.strerror}") from None
+        return name
+
+    def delete(self, name: Any) -> str:
+        """Delete a file; return its name. Raises NotFound, or Unprocessable for a bad name."""
+        path = self._find(name)
+        try:
+            path.unlink()
+        except OSError:
+            raise NotFound(f"there is no configuration {path.stem!r} in {self._folder}") from None
+        return path.stem
+
+    def _find(self, name: Any) -> Path:
+        """Return the path of a file in the directory; it may be named by its path there."""
+        text = name if isinstance(name, str) else ""
+        folder, _, last = text.rpartition("/")
+        if folder and os.path.realpath(os.path.expanduser(folder)) != \
+                os.path.realpath(self._folder):
+            raise Unprocessable(f"name: {text[:80]!r} is not in the configuration directory, "
+                                f"{self._folder}")
+        return self._folder / (_take_name(last[:-5] if last.endswith(".json") else last, "name") +
+                               ".json")
+
+    def _read(self, path: Path) -> Dict[str, Any]:
+        try:
+            # neither links, which may lead elsewhere, nor pipes, which may never end
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            with open(descriptor, "rb") as file:
+                value = json.loads(file.read(MAX_CONFIG + 1))
+        except OSError:
+            raise NotFound(f"there is no configuration {path.stem!r} in {self._folder}") from None
+        except (ValueError, RecursionError) as error:
+            raise Unprocessable(f"{path}: is no JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise Unprocessable(f"{path}: must be a JSON object")
+        return value
+
+
+class Senspot:
+    """Readings of a sensor, through the program senspot-get of CSPOT. Blocks."""
+
+    def __init__(self, url: str, record: "RunRecord") -> None:
+        if url.partition("://")[0 if "://" in url else 1] not in ("http", "https", "woof", "") or \
+                url.startswith("-"):
+            raise Unprocessable(f"cspot_woof_url: {url[:80]!r} is no URL with woof, http or https")
+        self._url, self._record = url, record
+        self._program = self._find()
+
+    def read_last(self) -> int:
+        """Return the number of the last record. Raises EdgeError when there is none."""
+        output = self._run()
+        number = parse_seq_no(output)
+        if number is None:
+            raise EdgeError(f"{self._program} -W {self._url} gives no seq_no: "
+                            f"{(output or 'it failed')[:200].strip()!r}")
+        return number
+
+    def read(self, number: int) -> Optional[SensorRecord]:
+        """Return a record, None when it cannot be read or used."""
+        return parse_sensor_record(self._run("-S", str(number)))
+
+    def _run(self, *options: str) -> str:
+        """Return what the program prints, "" when it fails. Raises RunStopped."""
+        command = [self._program, "-W", self._url, *options]
+        try:
+            ran = run_program(command, SENSPOT_S, MAX_COMMAND_OUTPUT,
+                              stopped=self._record.stopping)
+        except EdgeError as error:
+            self._record.check()
+            log_xgfabric.warning("%s", error.detail)
+            return ""
+        return ran.output if ran.code == 0 else ""
+
+    @staticmethod
+    def _find() -> str:
+        given = os.environ.get("SENSPOT_PATH")
+        places = [os.path.join(os.path.expanduser(place), "senspot-get")
+                  for place in _SENSPOT_PLACES]
+        for path in (given, shutil.which("senspot-get"), *places):
+            if path and os.path.isfile(path) and os.access(path, os.X_OK):
+                return path
+        raise EdgeError("there is no program senspot-get: install CSPOT, or name it in "
+                        "SENSPOT_PATH; or set mock_sensor_data")
+
+
+def open_workspace(path: str) -> Path:
+    """Return the directory for a run's local files, made if need be. Raises EdgeError.
+
+    The default is below /tmp, where others may have put something of that name.
+    """
+    folder = Path(os.path.expanduser(path))
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            raise EdgeError(f"local_workspace: {folder} is not a directory of ours")
+        for name in ("data", "staging"):
+            (folder / name).mkdir(exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise EdgeError(f"local_workspace: {folder}: {error.strerror}") from None
+    return folder
+
+
+def client_token() -> Optional[str]:
+    """Return the token with which runs call other edges: that of ~/.radical/edge/client-token, or
+    else the edge's own, which will do where it is a client's or an admin's."""
+    return read_private(home_dir() / CLIENT_TOKEN) or default_token()
+
+
+# -- a run: what is known of it, how it calls other edges, what it does
+
+class RunStopped(Exception):
+    """The run was cancelled, or the edge ends and it is to go on later."""
+
+
+class RunRecord:
+    """What is known of a run: on disk after each change, and told to subscribers.
+
+    data: JSON values from which it goes on after a restart; state: what clients see. The run's
+    thread owns both; others get copies through describe(), and may call stop().
+    """
+
+    def __init__(self, path: Path, data: Dict[str, Any],
+                 notify: Callable[[Dict[str, Any]], None]) -> None:
+        self._path, self._notify = path, notify
+        self.data, self.state = data, WorkflowState(**data["state"])
+        self._published = dataclasses.asdict(self.state)         # replaced as a whole
+        self.stopping = threading.Event()         # ends pauses and programs
+        self._halted = False                      # the edge ends; set once, before stopping
+        self.cancelled = False                    # by the user; likewise
+        self._cleaning = False                    # the thread's: too late to be cancelled
+        self.patience = PATIENCE_S
+
+    @classmethod
+    def load(cls, path: Path, notify: Callable[[Dict[str, Any]], None]) -> Optional["RunRecord"]:
+        """Return what an earlier process left; None without a file. Blocks."""
+        try:
+            text = read_private(path)
+            return cls(path, json.loads(text), notify) if text else None
+        except (EdgeError, ValueError, TypeError, KeyError) as error:
+            log_xgfabric.error("%s: cannot be read, the run is lost: %s", path, error)
+            return None
+
+    def describe(self) -> Dict[str, Any]:
+        """Return the state as a JSON value. Any thread."""
+        return self._published
+
+    def stop(self, *, cancel: bool) -> None:
+        """Make check() raise: for good, or until another process goes on. Any thread."""
+        if cancel:
+            self.cancelled = True
+        else:
+            self._halted = True
+        if not cancel or not self._cleaning:
+            self.stopping.set()
+
+    def check(self) -> None:
+        """Raise RunStopped when the run is to stop."""
+        if self._halted or self.cancelled and not self._cleaning:
+            raise RunStopped
+
+    def pause(self, seconds: float) -> None:
+        """Wait, unless the run is to stop."""
+        self.stopping.wait(seconds)
+        self.check()
+
+    def begin_clean_up(self) -> None:
+        """Let check() pass again, unless the edge ends, and do not wait long for anybody."""
+        self._cleaning, self.patience = True, CLEAN_UP_S
+        if not self._halted:
+            self.stopping.clear()
+
+    def keep(self, **values: Any) -> None:
+        """Take values into data, and store them."""
+        self.data.update(values)
+        self.data["state"] = dataclasses.asdict(self.state)
+        try:
+            write_private(self._path, json.dumps(self.data))
+        except OSError as error:                  # a full disk: what is done is true all the same
+            log_xgfabric.error("%s: cannot be written: %s", self._path, error)
+
+    def update(self, message: str = "", level: str = "info", **changes: Any) -> None:
+        """Change the state, log a message, store both and tell subscribers.
+
+        They are told what changed, and everything when the phase or the status did.
+        """
+        changes["progress"] = max(self.state.progress, changes.get("progress", 0))
+        if message:
+            now = datetime.datetime.now(datetime.timezone.utc)
+            entry = {"time": now.strftime("%H:%M:%S"), "level": level, "message": message}
+            self.state.log = [entry, *self.state.log[:MAX_LOG - 1]]
+            changes["message"] = message
+            log_xgfabric.log(logging.WARNING if level != "info" else logging.INFO, "%s: %s",
+                             self.data["run"], message)
+        for name, value in changes.items():
+            setattr(self.state, name, value)
+        self.keep()
+        whole, self._published = "phase" in changes or "status" in changes, self.data["state"]
+        told = self._published if whole else {**changes, "log": self.state.log[:bool(message)]}
+        self._notify({"delta": not whole, **told})
+
+
+class OtherEdges:
+    """Calls to the plugins of other edges, by one run, from its thread. Its methods block.
+
+    A session is made once, and each POST is done once: their Idempotency-Keys follow from the run.
+    An edge, or the bridge, may be away for record.patience seconds.
+    """
+
+    def __init__(self, make_client: Callable[[], BridgeClient], record: RunRecord) -> None:
+        self._make_client, self._record = make_client, record
+        self._client: Optional[BridgeClient] = None
+
+    def close(self) -> None:
+        """Close the connections."""
+        if self._client is not None:
+            self._client.close()
+
+    def topology(self) -> Dict[str, Dict[str, Any]]:
+        """Return {edge: {"plugins", ...}} of what is connected now."""
+        return self._persist(lambda: self._connected().get_topology()["edges"])
+
+    def get(self, edge: str, route: str, **params: Any) -> Any:
+        """Return what a GET route answers, "plugin/route". Raises EdgeError."""
+        return self._persist(lambda: self._send("GET", edge, route, params=params), edge)
+
+    def post(self, edge: str, route: str, body: Dict[str, Any], key: str = "") -> Any:
+        """Return what a POST route answers. key: what this request is called, within the run.
+
+        Without a key it is a question, which may be asked again. Raises EdgeError.
+        """
+        key = f"{self._record.data['run']}.{key}" if key else ""
+        return self._persist(lambda: self._send(
+            "POST", edge, route, json=body, headers={"Idempotency-Key": key}), edge)
+
+    def session(self, edge: str, plugin_name: str, **arguments: Any) -> str:
+        """Return the id of the run's session in a plugin, which is made at the first call."""
+        sessions, name = self._record.data["sessions"], f"{edge}/{plugin_name}"
+        if not sessions.get(name):
+            self._record.keep(sessions={**sessions, name: ""})   # may be made from here on
+            answer = self.post(edge, f"{plugin_name}/register_session", arguments,
+                               f"session.{name}")
+            self._record.keep(sessions={**sessions, name: answer["sid"]})
+        return self._record.data["sessions"][name]
+
+    def put_file(self, edge: str, local: Path, remote: str) -> None:
+        """Copy a file to an edge, in place of what is there; its directory is made if need be."""
+        self.make_dir(edge, os.path.dirname(remote))
+        staging = self._staging(edge)
+        self._persist(lambda: staging.put(str(local), remote, overwrite=True), edge)
+
+    def make_dir(self, edge: str, path: str) -> None:
+        """Make a directory on an edge, with those above it, unless it is there."""
+        staging = self._staging(edge)
+        self._persist(lambda: staging.mkdir(path), edge)
+
+    def get_file(self, edge: str, remote: str, local: Path) -> None:
+        """Copy a file from an edge, in place of what is there. Raises NotFound."""
+        staging = self._staging(edge)
+        self._persist(lambda: staging.get(remote, str(local), overwrite=True), edge)
+
+    def has_file(self, edge: str, remote: str) -> bool:
+        """Whether there is such a file on an edge."""
+        staging = self._staging(edge)
+        try:
+            self._persist(lambda: staging.stat(remote), edge)
+            return True
+        except NotFound:
+            return False
+
+    def expand(self, edge: str, path: str) -> str:
+        """Return a path on an edge, with its home directory in place of '~'."""
+        if not path.startswith("~"):
+            return path
+        homes = self._record.data["homes"]
+        if edge not in homes:
+            home = self.get(edge, "sysinfo/homedir")["homedir"]
+            self._record.keep(homes={**homes, edge: home})
+        return self._record.data["homes"][edge] + path[1:]
+
+    # -- inside
+
+    def _connected(self) -> BridgeClient:
+        if self._client is None:
+            self._client = self._make_client()
+        return self._client
+
+    def _staging(self, edge: str) -> Any:
+        client = PluginStaging.client_class(
+            self._connected().http, f"/{edge}/staging", bridge_client=self._connected(),
+            edge_id=edge, plugin_name="staging")
+        client._sid = self.session(edge, "staging")
+        client.patience = 5.0                     # seconds; _persist() has more, and can be stopped
+        return client
+
+    def _send(self, method: str, edge: str, route: str, **options: Any) -> Any:
+        headers = {"X-Request-Timeout": f"{CALL_S:g}", **options.pop("headers", {})}
+        reply = self._connected().http.request(method, f"/{edge}/{route}", headers=headers,
+                                               **options)
+        return reply.raise_for_status().json()
+
+    def _persist(self, function: Callable[[], Any], edge: str = "") -> Any:
+        """Return what function() does; call it again while the edge or the bridge is away."""
+        end, told = time.monotonic() + self._record.patience, False
+        while True:
+            self._record.check()
+            try:
+                return function()
+            except (Unauthorized, Forbidden) as error:
+                raise EdgeError(f"{error.detail}: {TOKEN_HELP}") from None
+            except EdgeError as error:
+                if not self._is_away(error, edge):
+                    raise
+                if time.monotonic() > end:
+                    raise EdgeError(f"{edge or 'the bridge'} has been away for too long: "
+                                    f"{error.detail}") from None
+                if not told:
+                    self._record.update(f"waiting for {edge or 'the bridge'}: {error.detail}",
+                                        "warning")
+                told = True
+            self._record.pause(1.0)
+
+    def _is_away(self, error: EdgeError, edge: str) -> bool:
+        if isinstance(error, (Unavailable, BadGateway, DeadlineExceeded)):
+            return True
+        if not isinstance(error, NotFound) or not edge:
+            return False
+        try:                                      # no such edge, or no such thing on the edge?
+            return edge not in self._connected().get_topology()["edges"]
+        except EdgeError:
+            return True
+
+
+class RemoteTasks:
+    """Tasks on other edges, for one run: where it works, what it is called, how it ends."""
+
+    def __init__(self, edges: OtherEdges, record: RunRecord) -> None:
+        self._edges, self._record = edges, record
+
+    def active_edge(self) -> str:
+        """Return the edge on which the run works now."""
+        return self._record.data["active"] or self._record.data["immediate"]["edge_name"]
+
+    def folder(self, edge: str) -> str:
+        """Return the workflow's directory on an edge."""
+        path = self._cluster(edge).get("workflow_path", DEFAULT_WORKFLOW_PATH)
+        return self._edges.expand(edge, path.rstrip("/"))
+
+    def name(self, label: str) -> str:
+        """Return the uid of a task, which no other run has."""
+        return f"xgfabric.{self._record.data['run']}.{label}"
+
+    def run(self, label: str, template: Dict[str, Any], places: Iterable[str], **more: Any) -> None:
+        """Run one task at the active edge to its end, once. Raises EdgeError when it fails."""
+        if label in self._record.data["finished"]:
+            return
+        edge, uid = self.active_edge(), self.name(label)
+        folder = self.folder(edge)
+        known = {"workflow_path": folder, "sensor_dir": f"{folder}/data",
+                 "sim_dir": f"{folder}/simulations", "output_dir": f"{folder}/models",
+                 "sensor_file": f"{folder}/data/sensor_out.csv",
+                 "eval_output": f"{folder}/evaluation", **more}
+        command = render_task(template, {place: known[place] for place in places})
+        self.submit(edge, [{"uid": uid, **command}], label)
+        ended: List[Dict[str, Any]] = []
+        while not ended:
+            ended = self.wait(edge, [uid])
+        if ended[0]["state"] not in TASK_DONE:
+            raise EdgeError(describe_failure(label, self.get(edge, uid), command))
+        self._record.keep(finished=[*self._record.data["finished"], label])
+
+    def submit(self, edge: str, tasks: List[Dict[str, Any]], key: str) -> None:
+        """Submit tasks, once: also when an edge was killed while it worked on that."""
+        sid = self.open_session(edge)
+        try:
+            self._edges.post(edge, f"rhapsody/submit/{sid}", {"tasks": tasks}, key)
+        except Conflict:                          # some of them are there
+            states = self._ask(edge, [task["uid"] for task in tasks], 0)
+            missing = [task for task in tasks if states.get(task["uid"], "UNKNOWN") == "UNKNOWN"]
+            if missing:
+                self._edges.post(edge, f"rhapsody/submit/{sid}", {"tasks": missing},
+                                 f"{key}.again")
+
+    def wait(self, edge: str, uids: List[str]) -> List[Dict[str, Any]]:
+        """Return {"uid", "state"} of the tasks that have ended, after POLL_TASKS_S at most."""
+        states = self._ask(edge, uids, POLL_TASKS_S)
+        if "UNKNOWN" in states.values() or not states:
+            raise EdgeError(f"rhapsody on {edge} does not know the tasks of this run any more")
+        return [{"uid": uid, "state": state} for uid, state in states.items()
+                if state in TASK_FINAL]
+
+    def get(self, edge: str, uid: str) -> Dict[str, Any]:
+        """Return all that is known of a task."""
+        return self._edges.get(edge, f"rhapsody/task/{self.open_session(edge)}/{uid}")
+
+    def open_session(self, edge: str) -> str:
+        """Return the run's session in an edge's rhapsody, once it is ready."""
+        known = self._record.data["sessions"].get(f"{edge}/rhapsody")
+        backend = self._cluster(edge).get("backend")
+        sid = self._edges.session(edge, "rhapsody", **({"backends": [backend]} if backend else {}))
+        while not known:
+            try:
+                self._edges.get(edge, f"rhapsody/list_tasks/{sid}")
+                break
+            except Conflict:                      # it is initializing
+                self._record.pause(0.2)
+        return sid
+
+    def _ask(self, edge: str, uids: List[str], timeout: float) -> Dict[str, str]:
+        """Return {uid: state}; {} when none is known."""
+        try:
+            tasks = self._edges.post(edge, f"rhapsody/wait/{self.open_session(edge)}",
+                                     {"uids": uids, "timeout": timeout})
+        except NotFound:
+            return {}
+        return {task["uid"]: task["state"] for task in tasks}
+
+    def _cluster(self, edge: str) -> Dict[str, Any]:
+        """Return the cluster of an edge, or of a pilot's edge."""
+        data = self._record.data
+        return data["allocate"] if edge == data["child"] else data["immediate"]
+
+
+class Pilot:
+    """The job that starts an edge within an allocation, for one run."""
+
+    def __init__(self, edges: OtherEdges, record: RunRecord) -> None:
+        self._edges, self._record = edges, record
+        self._looked = 0.0                        # monotonic; at the job
+
+    def find_backend(self, edge: str) -> str:
+        """Return the batch system of an edge: "slurm", "pbs" ... or "none"."""
+        return self._edges.get(edge, "queue_info/backend").get("backend") or "none"
+
+    def submit(self, cluster: Dict[str, Any]) -> Tuple[str, str]:
+        """Return the job's id and the name that its edge will have. Raises EdgeError."""
+        edge, executor = cluster["edge_name"], cluster.get("executor")
+        if executor is None:
+            backend = self.find_backend(edge)
+            executor = backend if backend in BATCH_EXECUTORS else "slurm"
+        sid, begun = self._edges.session(edge, "psij"), self._record.data["child"]
+        taken = self._edges.topology()
+        free = [name for name in (f"{edge}.{number}" for number in range(1, 10))
+                if name not in taken and name != begun]
+        for child in [begun] * (begun is not None) + free:
+            self._record.keep(child=child)
+            body = {"job_spec": make_pilot_spec(cluster, child, executor), "executor": executor,
+                    "tunnel": cluster.get("tunnel", "none")}
+            try:
+                answer = self._edges.post(edge, f"psij/submit_tunneled/{sid}", body,
+                                          f"pilot.{child}")
+                return answer["job_id"], child
+            except Conflict as error:             # one of that name is on its way
+                self._record.update(f"{child}: {error.detail}", "warning")
+        raise EdgeError(f"there are nine pilots of {edge} already")
+
+    def is_online(self) -> bool:
+        """Whether the pilot's edge is there, with what tasks need."""
+        child = self._record.data["child"]
+        if child is None:
+            return False
+        plugins = self._edges.topology().get(child, {}).get("plugins", {})
+        if {"rhapsody", "staging"} <= set(plugins):
+            return True
+        if time.monotonic() > self._looked + LOOK_S:
+            self._looked = time.monotonic()
+            try:
+                self._look(self._record.data["allocate"])
+            except EdgeError as error:            # only what is told of the pilot suffers
+                log_xgfabric.warning("%s: the pilot's job: %s", child, error.detail)
+        return False
+
+    def _look(self, cluster: Dict[str, Any]) -> None:
+        """Tell the state of the job when it has changed."""
+        edge, name = cluster["edge_name"], cluster["name"]
+        job_id = self._record.state.pilot_jobs.get(name)
+        sid = self._edges.session(edge, "psij")
+        status = self._edges.get(edge, f"psij/status/{sid}/{job_id}")
+        clusters = self._record.state.allocate_clusters
+        known = next((item for item in clusters if item["name"] == name), {})
+        if known.get("pilot_status") == status["state"]:
+            return
+        clusters = [{**item, "pilot_job_id": job_id, "pilot_status": status["state"]}
+                    if item["name"] == name else item for item in clusters]
+        reason = f": {status['message']}" if status.get("message") else ""
+        self._record.update(f"pilot {job_id} on {name} is {status['state']}{reason}",
+                            allocate_clusters=clusters)
+
+
+class Simulations:
+    """The simulations of one run, in batches."""
+
+    def __init__(self, config: WorkflowConfig, edges: OtherEdges, tasks: RemoteTasks,
+                 pilot: Pilot, record: RunRecord) -> None:
+        self._config, self._edges, self._tasks = config, edges, tasks
+        self._pilot, self._record = pilot, record
+
+    def list_remaining(self) -> List[List[Any]]:
+        """Return the parameters of those that have not ended."""
+        return [item for item in self._record.data["parameters"]
+                if str(item[2]) not in self._record.data["outcome"]]
+
+    def run(self, *, until_pilot: bool) -> None:
+        """Run what has not ended; with until_pilot, stop when the pilot's edge is there."""
+        while True:
+            batch = self._record.data["batch"]
+            if batch is None:
+                batch = None if until_pilot and self._pilot.is_online() else self._make_batch()
+            if batch is None:
+                return
+            if not self._run_batch(batch, until_pilot):
+                self._abandon(batch)
+            self._record.keep(batch=None)
+
+    def move(self, child: str) -> None:
+        """Copy the results to the pilot's edge, by way of this one."""
+        results = self._record.data["results"]
+        for index, (name, source) in enumerate(results.items()):
+            if name not in self._record.data["moved"]:
+                local = self._place(name)
+                self._edges.get_file(self._record.data["immediate"]["edge_name"], source, local)
+                self._edges.put_file(child, local, self._target(child, name))
+                self._record.keep(moved=[*self._record.data["moved"], name])
+            self._record.update(f"moved {name}", progress=50 + (index + 1) * 10 // len(results))
+
+    def _make_batch(self) -> Optional[Dict[str, Any]]:
+        left, size = self.list_remaining(), self._config.batch_size
+        if not left:
+            return None
+        number, total = self._record.state.current_batch + 1, -(-len(left) // size)
+        batch = {"number": number, "edge": self._tasks.active_edge(), "parameters": left[:size]}
+        self._record.keep(batch=batch)
+        progress = 0 if self._record.data["active"] else 15 + 30 * number // (number - 1 + total)
+        self._record.update(f"batch {number} of {number - 1 + total}", current_batch=number,
+                            total_batches=number - 1 + total, progress=progress)
+        return batch
+
+    def _run_batch(self, batch: Dict[str, Any], until_pilot: bool) -> bool:
+        """Run a batch to its end; return False when the pilot's edge came in between."""
+        edge, made = batch["edge"], self._make_tasks(batch)
+        self._tasks.submit(edge, [task for _, task in made.values()], f"batch.{batch['number']}")
+        waiting = [uid for uid, (parameters, _) in made.items()
+                   if str(parameters[2]) not in self._record.data["outcome"]]
+        while waiting:
+            for ended in self._tasks.wait(edge, waiting):
+                self._take_result(edge, ended, *made[ended["uid"]])
+                waiting.remove(ended["uid"])
+            if waiting and until_pilot and self._pilot.is_online():
+                return False
+        return True
+
+    def _make_tasks(self, batch: Dict[str, Any]) -> Dict[str, Tuple[List[Any], Dict[str, Any]]]:
+        """Return {uid: (parameters, task)} of a batch."""
+        folder, made = self._tasks.folder(batch["edge"]), {}
+        for speed, direction, number in batch["parameters"]:
+            uid = self._tasks.name(f"sim.{batch['number']}.{number}")
+            command = render_task(self._config.simulation_task, {
+                "workflow_path": folder, "sim_output_dir": f"{folder}/simulations",
+                "wind_speed": speed, "wind_dir": direction, "sim_id": number})
+            made[uid] = ([speed, direction, number], {"uid": uid, **command})
+        return made
+
+    def _take_result(self, edge: str, ended: Dict[str, Any], parameters: List[Any],
+                     command: Dict[str, Any]) -> None:
+        """Note how a simulation ended."""
+        data, message = self._record.data, ""
+        if ended["state"] in TASK_DONE:
+            path = self._find_result(edge, ended["uid"], result_name(*parameters))
+            data["results"] = {**data["results"], os.path.basename(path): path}
+        else:
+            task = self._tasks.get(edge, ended["uid"])
+            message = describe_failure(f"sim {parameters[2]}", task, command)
+        data["outcome"] = {**data["outcome"], str(parameters[2]): ended["state"]}
+        self._record.update(message, "error" if message else "info",
+                            error=message or self._record.state.error,
+                            completed_simulations=len(data["outcome"]))
+
+    def _find_result(self, edge: str, uid: str, name: str) -> str:
+        """Return the path of a simulation's result: its file, or what it printed if it has none."""
+        path = self._target(edge, name)
+        if not self._edges.has_file(edge, path):
+            local = self._place(name)
+            write_private(local, str(self._tasks.get(edge, uid).get("stdout") or ""))
+            self._edges.put_file(edge, local, path)
+        return path
+
+    def _abandon(self, batch: Dict[str, Any]) -> None:
+        """End what still runs of a batch: it will run at the pilot's edge."""
+        edge = batch["edge"]
+        sid = self._tasks.open_session(edge)
+        self._edges.post(edge, f"rhapsody/cancel_all/{sid}", {}, f"abandon.{batch['number']}")
+        self._record.update("the pilot's edge is there: what has not ended will run on it")
+
+    def _place(self, name: str) -> Path:
+        return open_workspace(self._config.local_workspace) / "staging" / name
+
+    def _target(self, edge: str, name: str) -> str:
+        return f"{self._tasks.folder(edge)}/simulations/{name}"
+
+
+class WorkflowRun:
+    """One run of a workflow, in a thread of its own. It goes on from its record.
+
+    Each step may be begun again: what it has done is in the record, and what it asks of other edges
+    has a name (a session, a key, a task's uid) that was stored before.
+    """
+
+    STEPS = ("connecting", "verifying", "data_acquisition", "pilot_submit", "staging",
+             "simulations", "migration_check", "migration", "remaining_simulations", "training",
+             "evaluation")
+
+    def __init__(self, record: RunRecord, make_client: Callable[[], BridgeClient],
+                 on_end: Callable[[], None]) -> None:
+        self.record, self._on_end = record, on_end
+        self._config = dict_to_config(record.data["config"])
+        self._clusters = dict_to_resource_config(record.data["resource"]).cluster_configs
+        self._edges = OtherEdges(make_client, record)
+        self._tasks, self._pilot = RemoteTasks(self._edges, record), Pilot(self._edges, record)
+        self._simulations = Simulations(self._config, self._edges, self._tasks, self._pilot, record)
+        self.thread = threading.Thread(target=self._run, daemon=True,
+                                       name=f"xgfabric-{record.data['run']}")
+
+    def _run(self) -> None:
+        try:
+            ending = self.record.data["ending"] or self._attempt()
+            if ending is not None:
+                self._finish(**ending)
+        except RunStopped:
+            pass                                  # the edge ends; the next process goes on
+        except Exception as error:
+            log_xgfabric.exception("%s: the run broke off", self.record.data["run"])
+            self.record.update("the run broke off", "error", status="failed",
+                               error=f"{type(error).__name__}: see the edge's log")
+        finally:
+            self._edges.close()
+            self._on_end()
+
+    def _attempt(self) -> Optional[Dict[str, Any]]:
+        """Do the steps that are left; return how the run ends, None if another process goes on."""
+        try:
+            for step in self.STEPS[self.STEPS.index(self.record.data["step"]):]:
+                self.record.keep(step=step)
+                getattr(self, f"_do_{step}")()
+                self.record.check()
+            return {"status": "completed", "error": self.record.state.error}
+        except RunStopped:
+            return {"status": "cancelled", "error": None} if self.record.cancelled else None
+        except (EdgeError, ValueError, OSError) as error:    # the latter two: bad URLs, local files
+            return {"status": "failed", "error": getattr(error, "detail", str(error))}
+        except Exception as error:                # a defect of ours; what was begun is ended still
+            log_xgfabric.exception("%s: the run broke off", self.record.data["run"])
+            return {"status": "failed", "error": f"{type(error).__name__}: see the edge's log"}
+
+    def _finish(self, status: str, error: Optional[str]) -> None:
+        """Clean up, then say how it ended."""
+        self.record.begin_clean_up()
+        self.record.keep(ending={"status": status, "error": error})
+        words = {"completed": "the workflow is complete", "failed": f"failed: {error}",
+                 "cancelled": "cancelled by the user"}[status]
+        level = "error" if status == "failed" else "info"
+        self.record.update(f"{words}; cleaning up", level, error=error)
+        self._clean_up()
+        done = {"phase": "done", "progress": 100} if status == "completed" else {}
+        self.record.update(words, level, status=status, error=error,
+                           end_time=_format_time(time.time()), **done)
+
+    def _enter(self, phase: str, message: str, **changes: Any) -> None:
+        self.record.update(message, phase=phase, **changes)
+
+    # -- the steps
+
+    def _do_connecting(self) -> None:
+        self._enter("connecting", "connecting to the bridge")
+        self.record.patience = CONNECT_S          # a wrong URL or certificate is told soon
+        self._edges.topology()
+        self.record.patience = PATIENCE_S
+
+    def _do_verifying(self) -> None:
+        self._enter("verifying", "looking for clusters")
+        immediate, allocate = classify_edges(self._edges.topology(), self._clusters)
+        for cluster in list(allocate):            # queue_info may be there without a batch system
+            if "cluster_type" not in self._clusters.get(cluster["name"], {}) and \
+                    self._pilot.find_backend(cluster["name"]) not in BATCH_EXECUTORS:
+                allocate.remove(cluster)
+        if not immediate:
+            raise EdgeError("No immediate cluster is connected (an edge with the plugins rhapsody "
+                            "and staging, and without a queue, or with the cluster_type immediate)")
+        self.record.keep(immediate=immediate[0], allocate=(allocate or [None])[0])
+        self.record.update(f"simulations begin on {immediate[0]['name']}",
+                           immediate_clusters=immediate, allocate_clusters=allocate,
+                           active_cluster=immediate[0]["name"])
+
+    def _do_data_acquisition(self) -> None:
+        self._enter("data_acquisition", "reading sensor data")
+        workspace = open_workspace(self._config.local_workspace)
+        if self._config.mock_sensor_data:
+            records = make_mock_records(self._config.num_simulations, time.time())
+        else:
+            records = self._read_sensor()
+        write_private(workspace / "data/sensor_out.csv", encode_sensor_csv(records))
+        parameters = make_parameters(records, self._config.num_simulations)
+        self.record.keep(records=records, parameters=parameters)
+        self.record.update(f"{len(records)} readings", progress=10)
+
+    def _do_pilot_submit(self) -> None:
+        cluster = self.record.data["allocate"]
+        if cluster is None:
+            return
+        self._enter("pilot_submit", f"submitting a pilot to {cluster['name']}")
+        try:
+            job_id, child = self._pilot.submit(cluster)
+        except EdgeError as error:                # the simulations can do without
+            self.record.keep(child=None)
+            self.record.update(f"no pilot on {cluster['name']}: {error.detail}", "error")
+            return
+        jobs = {**self.record.state.pilot_jobs, cluster["name"]: job_id}
+        self.record.update(f"pilot {job_id} on {cluster['name']} will be {child}", pilot_jobs=jobs)
+
+    def _do_staging(self) -> None:
+        self._enter("staging", "copying sensor data")
+        self._put_sensor_data(self._tasks.active_edge())
+
+    def _do_simulations(self) -> None:
+        self._enter("simulations", "simulating", progress=15)
+        self._simulations.run(until_pilot=self.record.data["child"] is not None)
+
+    def _do_migration_check(self) -> None:
+        self._enter("migration_check", "looking for the pilot's edge")
+        self.record.keep(migrating=self._pilot.is_online())
+
+    def _do_migration(self) -> None:
+        if not self.record.data["migrating"]:
+            return
+        child = self.record.data["child"]
+        self._enter("migration", f"moving to {child}", progress=50)
+        self._simulations.move(child)
+        self._put_sensor_data(child)
+        self.record.keep(active=child)
+        self.record.update(f"the workflow goes on at {child}", progress=60,
+                           active_cluster=self.record.data["allocate"]["name"])
+
+    def _do_remaining_simulations(self) -> None:
+        if self._simulations.list_remaining():
+            self._enter("simulations", "simulating what is left")
+            self._simulations.run(until_pilot=False)
+        if not self.record.data["results"]:
+            raise EdgeError(f"All {self._config.num_simulations} simulations failed; the last one: "
+                            f"{self.record.state.error}")
+
+    def _do_training(self) -> None:
+        models = self._config.train_models
+        self._enter("training", "training", progress=60)
+        for index, model in enumerate(models):
+            template = self._config.training_tasks.get(model)
+            if template is None:
+                self.record.update(f"there is no training task for {model}: left out", "warning")
+                continue
+            self._tasks.run(f"training.{model}", template, _TRAINING_PLACES, model=model)
+            self.record.update(f"{model} is trained", progress=60 + (index + 1) * 25 // len(models))
+
+    def _do_evaluation(self) -> None:
+        self._enter("evaluation", "evaluating", progress=90)
+        if self._config.evaluation_task is None:
+            self.record.update("there is no evaluation task: left out", "warning")
+        else:
+            self._tasks.run("evaluation", self._config.evaluation_task, _EVALUATION_PLACES)
+
+    # -- sensor data
+
+    def _read_sensor(self) -> List[SensorRecord]:
+        """Return the last cspot_limit readings, the newest first; go on with those read before."""
+        senspot = Senspot(self._config.cspot_woof_url, self.record)
+        records = [SensorRecord(*record) for record in self.record.data["records"]]
+        number = self.record.data["next_seq"]
+        number = senspot.read_last() if number is None else number
+        failures, limit = 0, self._config.cspot_limit
+        while len(records) < limit and number >= 0 and failures < MAX_SENSOR_FAILURES:
+            reading = senspot.read(number)
+            number, failures = number - 1, failures + 1
+            if reading is not None:
+                failures = 0
+                records.append(reading)
+                self.record.keep(records=records, next_seq=number)
+                self.record.update(progress=len(records) * 10 // limit)
+        if not records:
+            raise EdgeError(f"{self._config.cspot_woof_url} gives no reading that can be used")
+        return records
+
+    def _put_sensor_data(self, edge: str) -> None:
+        """Copy the readings to an edge, and make the directories for what tasks write."""
+        workspace, folder = open_workspace(self._config.local_workspace), self._tasks.folder(edge)
+        for name in ("simulations", "models", "evaluation"):
+            self._edges.make_dir(edge, f"{folder}/{name}")
+        self._edges.put_file(edge, workspace / "data/sensor_out.csv",
+                             f"{folder}/data/sensor_out.csv")
+
+    # -- the end
+
+    def _clean_up(self) -> None:
+        """End what still runs, through the sessions that began it, and close them."""
+        sessions = self.record.data["sessions"]
+        for name in sorted(sessions, key=lambda name: name.endswith("/psij")):   # pilots at last
+            edge, plugin_name = name.split("/")
+            try:
+                self._end_session(edge, plugin_name)
+            except (Gone, NotFound):
+                pass                              # it has ended by itself
+            except EdgeError as error:
+                self.record.update(f"{name} could not be cleaned up: {error.detail}", "error")
+                continue
+            self.record.keep(sessions={key: sid for key, sid in
+                                       self.record.data["sessions"].items() if key != name})
+
+    def _end_session(self, edge: str, plugin_name: str) -> None:
+        sid = self._edges.session(edge, plugin_name)
+        if plugin_name == "rhapsody":
+            self._edges.post(edge, f"rhapsody/cancel_all/{sid}", {}, f"end.{edge}")
+        elif plugin_name == "psij":
+            for job in self._edges.get(edge, f"psij/list_jobs/{sid}")["jobs"]:
+                if job["state"] not in FINAL_STATES:
+                    self._cancel_job(edge, sid, job["job_id"])
+        self._edges.post(edge, f"{plugin_name}/unregister_session/{sid}", {},
+                         f"close.{edge}.{plugin_name}")
+
+    def _cancel_job(self, edge: str, sid: str, job_id: str) -> None:
+        try:
+            self._edges.post(edge, f"psij/cancel/{sid}/{job_id}", {}, f"cancel.{job_id}")
+            self.record.update(f"pilot {job_id} on {edge} is cancelled")
+        except Conflict:
+            pass                                  # it has just ended by itself
+
+
+# -- session, client, plugin
+
+class XGFabricSession(PluginSession):
+    """Configurations, and one run at a time, which goes on after a restart of the edge.
+
+    workdir: its directory `configs` holds the configurations. bridge_url, bridge_cert: how a run
+    reaches other edges; the default is what the resource configuration says.
+    """
+
+    def __init__(self, sid: str, workdir: Optional[str] = None, edge_name: Optional[str] = None,
+                 bridge_url: Optional[str] = None, bridge_cert: Optional[str] = None) -> None:
+        super().__init__(sid)
+        self._workdir = check_workdir(workdir or os.environ.get("XGFABRIC_WORKDIR") or os.getcwd())
+        self._edge_name, self._bridge = edge_name, (bridge_url, bridge_cert)
+        self._connected: Dict[str, Any] = {}      # edges, as the bridge last told
+        self._loop: Optional[asyncio.AbstractEventLoop] = None
+        self._run: Optional[WorkflowRun] = None   # the last one, perhaps of an earlier process
+        self._ended = asyncio.Event()             # set while no run is under way
+        self._ended.set()
+
+    async def start(self) -> None:
+        """Go on with the run of an earlier process."""
+        self._loop = asyncio.get_running_loop()
+        record = await asyncio.to_thread(RunRecord.load, self._record_path, self._on_change)
+        if record is not None:
+            self._run = WorkflowRun(record, self._make_client, self._on_end)
+            if record.state.status == "running":
+                self._begin()
+
+    def is_busy(self) -> bool:
+        """A session whose run is under way does not expire."""
+        return not self._ended.is_set()
+
+    def snapshot(self) -> Any:
+        """Return the working directory; a run stores itself."""
+        return {"workdir": str(self._workdir)}
+
+    def restore(self, state: Any) -> None:
+        """Take what snapshot() returned."""
+        self._workdir = Path(state["workdir"])
+
+    def update_connected_edges(self, edges: Dict[str, Any]) -> None:
+        """Update what is known of connected edges. edges: {name: {"plugins": names}}."""
+        self._connected = edges
+
+    # -- configurations
+
+    async def get_config_dir(self) -> Dict:
+        """Return {"path"} of the working directory."""
+        return {"path": str(self._workdir)}
+
+    async def set_config_dir(self, path: str) -> Dict:
+        """Use another working directory; return {"path", "status"}. Raises BadRequest."""
+        self._workdir = await asyncio.to_thread(check_workdir, path)
+        self.keep()
+        return {"path": str(self._workdir), "status": "ok"}
+
+    async def list_configs(self) -> List[Dict]:
+        """Return {"name", "description", "modified"} of the saved configurations."""
+        return await asyncio.to_thread(self._files.list)
+
+    async def load_config(self, name: str) -> Dict:
+        """Return a builtin configuration, or a saved one, of a workflow or resources, by its name.
+
+        Raises NotFound, or Unprocessable for what is not in the configuration directory.
+        """
+        return builtin_workflow(name) or await asyncio.to_thread(self._files.load, name)
+
+    async def save_config(self, data: Dict) -> Dict:
+        """Save a workflow or resource configuration; return {"status", "name"}."""
+        return {"status": "saved", "name": await asyncio.to_thread(self._files.save, data)}
+
+    async def delete_config(self, name: str) -> Dict:
+        """Delete a saved configuration; return {"status", "name"}. Raises NotFound."""
+        return {"status": "deleted", "name": await asyncio.to_thread(self._files.delete, name)}
+
+    # -- the run
+
+    async def get_status(self) -> Dict:
+        """Return the state of the run, and of the clusters while there is none."""
+        state = self._run.record.describe() if self._run else dataclasses.asdict(WorkflowState())
+        if self.is_busy():
+            return {**state, "config_dir": str(self._files_dir)}
+        clusters = {} if self._run is None else self._run.record.data["resource"]["cluster_configs"]
+        immediate, allocate = classify_edges(self._connected, clusters)
+        return {**state, "config_dir": str(self._files_dir), "immediate_clusters": immediate,
+                "allocate_clusters": allocate}
+
+    async def start_workflow(self, workflow: str = DEFAULT_CONFIG,
+                             resource: str = DEFAULT_CONFIG) -> Dict:
+        """Begin a run; return {"status": "started", "config"}.
+
+        workflow, resource: names as for load_config(). Raises Conflict while a run is under way.
+        """
+        self._check_active()
+        config = config_to_dict(dict_to_config(await self.load_config(workflow)))
+        if config["simulation_task"] is None:
+            raise Unprocessable(f"workflow: {config['name']!r} has no simulation_task")
+        known = builtin_resource(resource) or await asyncio.to_thread(self._files.load, resource)
+        resources = dataclasses.asdict(dict_to_resource_config(known))
+        if self.is_busy():
+            raise Conflict("a workflow is running already: stop it first")
+        self._ended.clear()
+        try:
+            await asyncio.to_thread(self._prepare, config, resources)
+        except BaseException:
+            self._ended.set()
+            raise
+        self._begin()
+        return {"status": "started", "config": config["name"]}
+
+    async def stop_workflow(self) -> Dict:
+        """Cancel the run; return {"status": "stopped"} once nothing of it runs any more.
+
+        "stopping" when that takes longer than STOP_WAIT_S. Raises Conflict when there is no run.
+        """
+        if not self.is_busy():
+            raise Conflict("no workflow is running")
+        self._run.record.stop(cancel=True)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), STOP_WAIT_S)
+        return {"status": "stopping" if self.is_busy() else "stopped"}
+
+    async def close(self) -> dict:
+        """Cancel the run, and forget it. Returns {}."""
+        while self.is_busy():
+            await self.stop_workflow()
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread(self._record_path.unlink)
+        return await super().close()
+
+    def halt(self) -> None:
+        """Let the run wait for the next process of this edge."""
+        if self._run is not None:
+            self._run.record.stop(cancel=False)
+
+    # -- inside
+
+    @property
+    def _files_dir(self) -> Path:
+        return self._workdir / "configs"
+
+    @property
+    def _files(self) -> ConfigFiles:
+        return ConfigFiles(self._files_dir)
+
+    @property
+    def _record_path(self) -> Path:
+        return self._plugin.state_dir / "runs" / f"{self.sid}.json"
+
+    def _prepare(self, config: Dict, resources: Dict) -> None:
+        """Write down a new run. Blocks."""
+        state = WorkflowState(status="running", start_time=_format_time(time.time()),
+                              config_name=config["name"], config_dir=str(self._files_dir),
+                              total_simulations=config["num_simulations"],
+                              total_batches=-(-config["num_simulations"] // config["batch_size"]))
+        data = {"run": uuid.uuid4().hex[:12], "config": config, "resource": resources,
+                "state": dataclasses.asdict(state), "step": WorkflowRun.STEPS[0], "ending": None,
+                "sessions": {}, "homes": {}, "records": [], "next_seq": None, "parameters": [],
+                "immediate": None, "allocate": None, "child": None, "active": None,
+                "migrating": False, "batch": None, "outcome": {}, "results": {}, "moved": [],
+                "finished": []}
+        record = RunRecord(self._record_path, data, self._on_change)
+        record.keep()
+        self._run = WorkflowRun(record, self._make_client, self._on_end)
+
+    def _begin(self) -> None:
+        self._ended.clear()
+        self._run.thread.start()
+
+    def _on_change(self, change: Dict[str, Any]) -> None:
+        self.notify("workflow_status", {"sid": self.sid, **change})
+
+    def _on_end(self) -> None:
+        with contextlib.suppress(RuntimeError):   # the loop is closed: the edge ends
+            self._loop.call_soon_threadsafe(self._ended.set)
+
+    def _make_client(self) -> BridgeClient:
+        """Return a client of the bridge. Blocks; raises EdgeError or ValueError."""
+        url, cert = self._bridge
+        if not url:
+            resources = self._run.record.data["resource"]
+            url, cert = resources["bridge_url"], resources["bridge_cert"]
+        token = client_token()
+        if token is None:
+            raise EdgeError(f"there is no token: {TOKEN_HELP}")
+        return BridgeClient(url, cert, token, timeout=CALL_S + 15)
+
+
+def check_workdir(path: Any) -> Path:
+    """Return a directory's absolute path. Raises BadRequest when there is none. Blocks."""
+    full = Path(os.path.abspath(os.path.expanduser(_take_text(path, "path"))))
+    if not full.is_dir():
+        raise BadRequest(f"path: {full} is not a directory")
+    return full
+
+
+class XGFabricClient(PluginClient):
+    """A program's access to the configurations and the run of one session."""
+
+    def get_workdir(self) -> Dict:
+        """Return {"path"} of the working directory."""
+        return self._get(f"workdir/{self._require_session()}")
+
+    def set_workdir(self, path: str) -> Dict:
+        """Use another working directory; return {"path", "status"}."""
+        return self._post(f"workdir/{self._require_session()}", {"path": path})
+
+    def list_configs(self) -> List[Dict]:
+        """Return {"name", "description", "modified"} of the saved configurations."""
+        return self._get(f"configs/{self._require_session()}")
+
+    def load_config(self, name: str) -> Dict:
+        """Return a configuration by name."""
+        name = urllib.parse.quote(name, safe="")
+        return self._get(f"config/{self._require_session()}/{name}")
+
+    def save_config(self, config: Dict) -> Dict:
+        """Save a configuration; what has cluster_configs is one of resources."""
+        return self._post(f"config/{self._require_session()}", config)
+
+    def delete_config(self, name: str) -> Dict:
+        """Delete a saved configuration."""
+        name = urllib.parse.quote(name, safe="")
+        return self._post(f"config/{self._require_session()}/{name}/delete")
+
+    def get_default_config(self) -> Dict:
+        """Return the default configuration, to begin with."""
+        return self.load_config("default")
+
+    def get_test_config(self) -> Dict:
+        """Return the test configuration: small stand-ins for the tasks, no CSPOT needed."""
+        return self.load_config("test")
+
+    def get_status(self) -> Dict:
+        """Return the state of the run, and of the clusters."""
+        return self._get(f"status/{self._require_session()}")
+
+    def start_workflow(self, workflow: str = DEFAULT_CONFIG,
+                       resource: str = DEFAULT_CONFIG) -> Dict:
+        """Begin a run; return {"status", "config"}."""
+        return self._post(f"start/{self._require_session()}",
+                          {"workflow": workflow, "resource": resource})
+
+    def stop_workflow(self) -> Dict:
+        """Cancel the run; return {"status"} once nothing of it runs any more."""
+        return self._post(f"stop/{self._require_session()}")
+
+    def wait_workflow(self, timeout: Optional[float] = None) -> Dict:
+        """Return the state of the run once it has ended. timeout: seconds, then as it is."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            state = self.get_status()
+            if state["status"] != "running" or end is not None and time.monotonic() >= end:
+                return state
+            time.sleep(0.5)
+
+
+class PluginXGFabric(Plugin):
+    """Runs a workflow over several edges: sensor data, simulations, training, evaluation."""
+
+    plugin_name = "xgfabric"
+    session_class = XGFabricSession
+    client_class = XGFabricClient
+    version = "0.1.0"
+    ui_config = {"icon": "🌊", "title": "XGFabric Workflow",
+                 "description": "CFDaAI workflow orchestrator for HPC clusters.",
+                 "custom_template": True}
+
+    def __init__(self, app: Any, workdir: Optional[str] = None,
+                 instance_name: str = "xgfabric") -> None:
+        super().__init__(app, instance_name)
+        self._workdir = workdir
+        self._edges: Dict[str, Any] = {}          # as the bridge last told
+        self.add_route_get("workdir/{sid}", self.get_workdir)
+        self.add_route_post("workdir/{sid}", self.set_workdir)
+        self.add_route_get("configs/{sid}", self.list_configs)
+        self.add_route_get("config/{sid}/default", self.get_default_config)
+        self.add_route_get("config/{sid}/test", self.get_test_config)
+        self.add_route_get("config/{sid}/{name}", self.load_config)
+        self.add_route_post("config/{sid}", self.save_config)
+        self.add_route_post("config/{sid}/{name}/delete", self.delete_config)
+        self.add_route_get("status/{sid}", self.get_status)
+        self.add_route_post("start/{sid}", self.start_workflow)
+        self.add_route_post("stop/{sid}", self.stop_workflow)
+
+    async def stop(self) -> None:
+        """Let the runs wait for the next process."""
+        for record in self._sessions.values():
+            record.session.halt()
+
+    async def on_topology_change(self, edges: dict) -> None:
+        """Tell the sessions of edges that came or went."""
+        self._edges = edges
+        for record in self._sessions.values():
+            record.session.update_connected_edges(edges)
+
+    def _create_session(self, sid: str, workdir: Optional[str] = None) -> PluginSession:
+        # of the bridge the client has no say: it would get the token of this edge
+        state = self._app.state
+        uplink = getattr(state, "uplink", None)
+        urls = ",".join(url for url in uplink.urls if url) if uplink else ""
+        cert = uplink.find(uplink.urls[0]).cert if uplink else None
+        session = XGFabricSession(sid, workdir or self._workdir, state.edge_name,
+                                  urls or state.bridge_url, cert)
+        session.update_connected_edges(self._edges)
+        return session
+
+    async def get_workdir(self, request: Request) -> Any:
+        """Answer {"path"} of the working directory."""
+        return await self._forward(request.path_params["sid"], XGFabricSession.get_config_dir)
+
+    async def set_workdir(self, request: Request) -> Any:
+        """Use the directory of {"path"}; answer {"path", "status"}."""
+        body = await request.json_object()
+        return await self._forward(request.path_params["sid"], XGFabricSession.set_config_dir,
+                                   body.get("path"))
+
+    async def list_configs(self, request: Request) -> Any:
+        """Answer [{"name", "description", "modified"}] of the saved configurations."""
+        return await self._forward(request.path_params["sid"], XGFabricSession.list_configs)
+
+    async def get_default_config(self, request: Request) -> Any:
+        """Answer the default configuration."""
+        return await self._forward(request.path_params["sid"], XGFabricSession.load_config,
+                                   "default")
+
+    async def get_test_config(self, request: Request) -> Any:
+        """Answer the test configuration."""
+        return await self._forward(request.path_params["sid"], XGFabricSession.load_config, "test")
+
+    async def load_config(self, request: Request) -> Any:
+        """Answer a configuration."""
+        return await self._forward(request.path_params["sid"], XGFabricSession.load_config,
+                                   request.path_params["name"])
+
+    async def save_config(self, request: Request) -> Any:
+        """Save the configuration that the body is; answer {"status", "name"}."""
+        return await self._forward(request.path_params["sid"], XGFabricSession.save_config,
+                                   await request.json_object())
+
+    async def delete_config(self, request: Request) -> Any:
+        """Delete a saved configuration; answer {"status", "name"}."""
+        return await self._forward(request.path_params["sid"], XGFabricSession.delete_config,
+                                   request.path_params["name"])
+
+    async def get_status(self, request: Request) -> Any:
+        """Answer the state of the run, and of the clusters."""
+        return await self._forward(request.path_params["sid"], XGFabricSession.get_status)
+
+    async def start_workflow(self, request: Request) -> Any:
+        """Begin a run of {"workflow" or "config_name", "resource"}; answer {"status", "config"}."""
+        body = await request.json_object()
+        workflow = body.get("workflow") or body.get("config_name") or DEFAULT_CONFIG
+        return await self._forward(request.path_params["sid"], XGFabricSession.start_workflow,
+                                   workflow, body.get("resource") or DEFAULT_CONFIG)
+
+    async def stop_workflow(self, request: Request) -> Any:
+        """Cancel the run; answer {"status"}."""
+        return await self._forward(request.path_params["sid"], XGFabricSession.stop_workflow)
