@@ -12135,11 +12135,12 @@ class RemoteTasks:
         backend = self._cluster(edge).get("backend")
         sid = self._edges.session(edge, "rhapsody", **({"backends": [backend]} if backend else {}))
         while not known:
-            try:
-                self._edges.get(edge, f"rhapsody/list_tasks/{sid}")
+            told = self._edges.get(edge, f"rhapsody/session/{sid}")
+            if told["status"] == "failed":
+                raise EdgeError(f"rhapsody on {edge}: {told['error']}")
+            if told["status"] == "ready":
                 break
-            except Conflict:                      # it is initializing
-                self._record.pause(0.2)
+            self._record.pause(0.2)               # it is initializing
         return sid
 
     def _ask(self, edge: str, uids: List[str], timeout: float) -> Dict[str, str]:

@@ -358,7 +358,7 @@ original_persist, plugins.OtherEdges._persist = plugins.OtherEdges._persist, per
 DELAY = """
 import os, time
 with open("/proc/self/cmdline") as file:
-    is_pilot = "queue.1" in file.read()
+    is_pilot = "queue." in file.read()            # queue.1, or another name while that is taken
 while is_pilot and os.path.exists(os.path.join(os.environ["HOME"], "hold-pilot")):
     time.sleep(0.05)
 """
