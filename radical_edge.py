@@ -81,6 +81,7 @@ import types
 import urllib.error
 import urllib.parse
 import urllib.request
+from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import (Any, AsyncIterator, Callable, Deque, Dict, Iterable, Iterator, List,
@@ -6693,6 +6694,14 @@ class Edge:
         self._lock.release()
         return self._transport.stop() and clean
 
+    def reload(self) -> None:
+        """Read the clients' keys again. Blocks; what is wrong is logged, and changes nothing."""
+        try:
+            if self.signatures is not None:
+                self.signatures.reload()
+        except EdgeError as error:
+            edge_log.error("not reloaded: %s", error.detail)
+
     def request_stop(self) -> None:
         """Ask the edge to end; whoever waits for `ended` then calls stop(). Any thread."""
         self.ended.set()
@@ -8724,6 +8733,75 @@ def _timeout_of(head: RequestHead) -> Optional[float]:
     return float(text)
 
 
+class _Reloader:
+    """Reads tokens and certificate again when their files change, or when asked to. On the loop.
+
+    Files that are wrong change nothing: the bridge goes on with what it has, and says so.
+    """
+
+    def __init__(self, registry: EdgeRegistry, tokens: Optional[TokenStore], listener: _Listener,
+                 files: Optional[Tuple[str, Optional[str]]], on_certificate: Callable[[], None]
+                 ) -> None:
+        self._registry, self._tokens = registry, tokens
+        self._listener, self._files, self._on_certificate = listener, files, on_certificate
+        self._stamps = self._stamp()              # of the certificate in use, or tried last
+        self._asked: Optional[asyncio.Event] = None
+
+    def soon(self) -> None:
+        """Look at once, and take the certificate again even if its file looks the same."""
+        self._stamps = ()
+        if self._asked is not None:
+            self._asked.set()
+
+    async def run(self) -> None:
+        """Look every RELOAD_S, until cancelled."""
+        workers = Workers("reload", 1)            # the files may lie on a file system that hangs
+        self._asked = asyncio.Event()
+        try:
+            while True:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._asked.wait(), RELOAD_S)
+                self._asked.clear()
+                await self._look(workers, self._reload_tokens)
+                await self._look(workers, self._reload_certificate)
+                if self._tokens is not None:      # some have expired, perhaps
+                    self._registry.close_unless(self._tokens.is_valid)
+                    self._registry.hub.close_unless(self._tokens.is_valid)
+        finally:
+            workers.stop()
+
+    async def _look(self, workers: Workers, reload: Callable[[], bool]) -> None:
+        try:
+            if await workers.call(reload):
+                self._registry.counters.add("reloads_total")
+        except (EdgeError, OSError, ValueError) as error:
+            bridge_log.error("not reloaded: %s", error)
+
+    def _reload_tokens(self) -> bool:
+        return self._tokens is not None and self._tokens.refresh()
+
+    def _stamp(self) -> Tuple[Any, ...]:
+        """Return what changes when one of the certificate's files does."""
+        stamps = []
+        for path in self._files or ():
+            if path is not None:
+                try:
+                    status = os.stat(path)
+                    stamps.append((status.st_mtime_ns, status.st_size, status.st_ino))
+                except OSError:                   # it is being replaced: loading it tells
+                    stamps.append(())
+        return tuple(stamps)
+
+    def _reload_certificate(self) -> bool:
+        if self._files is None or self._stamp() == self._stamps:
+            return False
+        self._stamps = self._stamp()
+        self._listener.tls = server_tls(*self._files)            # for connections from now on
+        bridge_log.info("the certificate was read again")
+        self._on_certificate()
+        return True
+
+
 class _Records:
     """What is told of the bridge's work: counters, the audit log, a log line for each answer."""
 
@@ -8793,9 +8871,10 @@ class Bridge:
                  allow_hosts: Iterable[str] = (), request_timeout: float = REQUEST_S,
                  heartbeat: float = HEARTBEAT_S, grace: float = GRACE_S,
                  state_dir: Optional[Path] = None, options: Optional[Dict[str, Any]] = None,
-                 on_end: Optional[Callable[[], None]] = None) -> None:
+                 on_end: Optional[Callable[[], None]] = None,
+                 on_certificate: Callable[[], None] = lambda: None) -> None:
         self._on_end = on_end
-        self._tokens, self._wanted = tokens, list(plugins)
+        self._wanted = list(plugins)
         self._request_timeout, self._heartbeat = request_timeout, heartbeat
         self._thread = LoopThread("bridge-loop")
         self.loop = self._thread.loop
@@ -8816,6 +8895,8 @@ class Bridge:
         self._hub = EventHub(self.loop, self.records.counters, self._journal)
         self._registry = EdgeRegistry(self.loop, self._hub, self.records.counters, grace)
         self._registry.url = self.url
+        self._reloader = _Reloader(self._registry, tokens, self._listener,
+                                   (cert, key) if cert else None, on_certificate)
         self._memory = EdgeMemory(self._registry, self._state_dir / "edges.json")
         self._lock = StateLock(self._state_dir, self._on_end or (lambda: None))
         self._once = OnceStore(self._state_dir / "once")         # used when it hosts plugins
@@ -8867,6 +8948,10 @@ class Bridge:
         self.records.audit.close()
         self._lock.release()
         return self._thread.stop() and clean
+
+    def reload(self) -> None:
+        """Read tokens and certificate again now; they are looked at every second anyway."""
+        self._thread.call(self._reloader.soon)
 
     def why_not_ready(self) -> str:
         """Return why clients had better use another bridge, "" when they need not."""
@@ -9021,8 +9106,7 @@ class Bridge:
     async def _start_tasks(self) -> None:
         self._tasks = [asyncio.ensure_future(self._sweep()), asyncio.ensure_future(self._beat()),
                        asyncio.ensure_future(self._memory.keep())]
-        if self._tokens is not None:
-            self._tasks.append(asyncio.ensure_future(self._watch_tokens()))
+        self._tasks.append(asyncio.ensure_future(self._reloader.run()))
 
     async def _sweep(self) -> None:
         while True:
@@ -9060,23 +9144,6 @@ class Bridge:
             self._hub.beat()
             for link in list(self._registry.links.values()):
                 link.beat()
-
-    async def _watch_tokens(self) -> None:
-        workers = Workers("tokens", 1)            # the file may lie on a file system that hangs
-        try:
-            while True:
-                await asyncio.sleep(RELOAD_S)
-                await self._reload_tokens(workers)
-        finally:
-            workers.stop()
-
-    async def _reload_tokens(self, workers: Workers) -> None:
-        try:
-            await workers.call(self._tokens.refresh)
-        except (EdgeError, OSError) as error:
-            bridge_log.error("tokens are not reloaded: %s", error)
-        self._registry.close_unless(self._tokens.is_valid)
-        self._hub.close_unless(self._tokens.is_valid)
 
     async def _close_all(self) -> None:
         for task in self._tasks:
@@ -9946,8 +10013,7 @@ Run:       --bridge  --edge        the meeting point; plugins on this machine; o
   -n, --name NAME                  of the edge                           [this host's name]
   -p, --plugins NAME,...           plugins to serve, by name or prefix   [all that work]
   --plugin-file FILE               load plugins from a file (may be repeated)
-  --allow-pickle                   let clients send functions as pickles, which is remote code
-  --task-limit N                   tasks that run at a time              [the number of CPUs]
+  --task-limit N  --allow-pickle   tasks at a time [the CPUs]; take pickles, which are remote code
   --staging-root DIR               where files may be moved (may be repeated) [home, temporary]
   --host HOST  --port PORT         where a bridge listens                [127.0.0.1:{DEFAULT_PORT}]
   --allow-host NAME                another name of the bridge, for browsers (may be repeated)
@@ -9959,6 +10025,7 @@ Run:       --bridge  --edge        the meeting point; plugins on this machine; o
   --client-key FILE                sign requests; of an edge: demand it  [RADICAL_CLIENT_KEY]
   --policy FILE                    what an edge allows       [~/.radical/edge/policy.json, if there]
   --insecure  --no-auth            allow plain HTTP to other hosts; let everybody in
+  --detach                         go on in the background, with files pid and log beside the state
 Ask:       --list                  edges and plugins
   --call EDGE/PLUGIN/ROUTE [JSON]  POST with JSON, else GET; {{sid}} in ROUTE opens a session
   --events [EDGE/PLUGIN/TOPIC]     print events, one JSON object a line
@@ -9986,7 +10053,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; _HELP must name each of its options."""
     parser = _Parser(prog="radical_edge", allow_abbrev=False)
     for flag in ("--bridge", "--edge", "--list", "--check", "--insecure", "--no-auth",
-                 "--allow-pickle", "--overwrite"):
+                 "--allow-pickle", "--detach", "--overwrite"):
         parser.add_argument(flag, action="store_true")
     for flag in ("--url", "--cert", "--key", "--state", "--host", "--scope", "--expires",
                  "--edges", "--log-level", "--tunnel-via", "--client-key", "--policy"):
@@ -10103,7 +10170,9 @@ def _configure_logging(level: str, *, serving: bool, as_json: bool = False) -> N
 def _serve(options: argparse.Namespace) -> int:
     """Run a bridge, an edge or both until a signal, or until they are told to end."""
     _raise_file_limit()
-    done = _Ending()
+    name = BRIDGE_NAME if options.bridge else options.name or default_edge_name()
+    detached = _Detached(_state_dir(options, name)) if options.detach else None
+    done = _Ending(keeps_terminal=detached is None and os.isatty(0))
     # taken out of the environment, or every program that a plugin runs would inherit it
     token = os.environ.pop("RADICAL_BRIDGE_TOKEN", None)
     load_builtin_plugins()
@@ -10117,9 +10186,20 @@ def _serve(options: argparse.Namespace) -> int:
             load_entry_points()
             services.insert(0, _start_edge(options, token, services, done))
         _settle_memory()
-        done.wait()
+        if detached is not None:
+            detached.on_up()
+
+        def on_hangup() -> None:
+            for service in services:
+                service.reload()
+            if detached is not None:
+                detached.reopen_log()
+
+        done.wait(on_hangup)
     finally:
         clean = all([service.stop() for service in services])
+        if detached is not None:
+            detached.on_end()
     _exit_at_once_if(not clean)
     return 0
 
@@ -10127,31 +10207,79 @@ def _serve(options: argparse.Namespace) -> int:
 class _Ending:
     """What the main thread waits for: SIGTERM, Ctrl-C, or set() by any thread.
 
+    SIGHUP means "read your files again", unless it says that our terminal is closed.
     Not a threading.Event: when the system hands a signal to another thread, the main thread would
     not wake to see it. The byte that Python writes to the wake-up descriptor does wake it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps_terminal: bool) -> None:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._signals = 0
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        if not keeps_terminal:
+            signal.signal(signal.SIGHUP, lambda number, frame: None)
 
     def set(self) -> None:
         """End the wait. Any thread."""
         with contextlib.suppress(BlockingIOError):               # full: it was set often enough
             self._writer.send(b"\0")
 
-    def wait(self) -> None:
-        """Return when it is time to end."""
-        self._reader.recv(1)
+    def wait(self, on_hangup: Callable[[], None]) -> None:
+        """Return when it is time to end; call `on_hangup` for each SIGHUP before."""
+        while self._reader.recv(1)[0] == signal.SIGHUP:
+            on_hangup()
 
     def _on_signal(self, _number: int, _frame: Any) -> None:
         self._signals += 1
         if self._signals > 1:
             os._exit(1)                           # asked twice
+
+
+class _Detached:
+    """The process in the background that --detach leaves, with its files `pid` and `log`.
+
+    Making it forks: the first process waits until the new one is up, or has failed and said why on
+    the terminal, and ends. Nothing may have started a thread before.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._pid_file, self._log = folder / "pid", folder / "log"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        reader, self._writer = os.pipe()
+        if os.fork():
+            os.close(self._writer)
+            is_up = os.read(reader, 1)
+            os._exit(0 if is_up else 1)
+        os.close(reader)
+        os.setsid()
+        if os.fork():                             # so that it can get no terminal again
+            os._exit(0)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
+    def on_up(self) -> None:
+        """Write the process id, and from now on to the log alone; let the first process end."""
+        write_private(self._pid_file, f"{os.getpid()}\n")
+        print(f"detached: process {os.getpid()}, {self._log}", flush=True)
+        self.reopen_log()
+        os.write(self._writer, b"1")
+        os.close(self._writer)
+
+    def reopen_log(self) -> None:
+        """Go on in a new file when somebody has renamed the old one, as log rotation does."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        descriptor = os.open(self._log, flags, 0o600)
+        for standard in (1, 2):
+            os.dup2(descriptor, standard)
+        os.close(descriptor)
+
+    def on_end(self) -> None:
+        """Remove the file with the process id, if it is ours."""
+        with contextlib.suppress(EdgeError, OSError):
+            if read_private(self._pid_file) == str(os.getpid()):
+                os.unlink(self._pid_file)
 
 
 def _exit_at_once_if(stuck: bool) -> None:
@@ -10187,21 +10315,29 @@ def _start_bridge(options: argparse.Namespace, token: Optional[str], done: _Endi
         raise ValueError(f"--host {host} is public: give --cert and --key for TLS, or --insecure")
     tokens = None if options.no_auth else _open_tokens(token)
     wanted = options.plugins.split(",") if options.plugins and not options.edge else []
+
+    def write_url() -> None:
+        pin = _pin_of(cert) if cert else ""
+        write_private(home_dir() / "url", f"{bridge.url}\n{pin}\n")
+
     bridge = Bridge(host, options.port, tokens=tokens, cert=cert, key=key, plugins=wanted,
                     allow_hosts=options.allow_host, request_timeout=options.request_timeout,
                     heartbeat=options.heartbeat, grace=options.grace,
                     state_dir=_state_dir(options, BRIDGE_NAME),
-                    options=_plugin_options(options), on_end=done.set)
-    pin = "sha256:" + hashlib.sha256(ssl.PEM_cert_to_DER_cert(_first_certificate(cert))
-                                     ).hexdigest() if cert else ""
-    # before it serves: who sees that it is up must find it
-    write_private(home_dir() / "url", f"{bridge.url}\n{pin}\n")
+                    options=_plugin_options(options), on_end=done.set, on_certificate=write_url)
+    write_url()                                   # before it serves: who sees it must find it
     bridge.start()
     if tokens is None:
         bridge_log.warning("--no-auth: everybody who reaches %s can run programs as you",
                            bridge.url)
-    print(f"bridge: {bridge.url}" + (f"\nbridge: certificate {pin}" if pin else ""), flush=True)
+    shown = f"\nbridge: certificate {_pin_of(cert)}" if cert else ""
+    print(f"bridge: {bridge.url}{shown}", flush=True)
     return bridge
+
+
+def _pin_of(cert: str) -> str:
+    der = ssl.PEM_cert_to_DER_cert(_first_certificate(cert))
+    return f"sha256:{hashlib.sha256(der).hexdigest()}"
 
 
 def _first_certificate(path: str) -> str:
@@ -10463,14 +10599,47 @@ def _run_token(options: argparse.Namespace) -> int:
 
 def _run_check(options: argparse.Namespace) -> int:
     """Try, one after the other, what an edge and a client need; return 1 when something fails."""
-    results = [_check_bridge(target) for target in find_bridges(**_arguments(options))]
+    results = [_check_step("files", lambda: _check_files(options))]
+    results += [_check_bridge(target) for target in find_bridges(**_arguments(options))]
     return 0 if _check_plugins(options) and all(results) else 1
+
+
+def _check_files(options: argparse.Namespace) -> str:
+    """Check the files with secrets, the policy, and that state can be written."""
+    found = [name for name in ("token", "tokens.json") if read_private(home_dir() / name)]
+    if find_signer(options.client_key) is not None:
+        found.append("a client's key")
+    if _find_policy(options) is not None:
+        found.append("a policy")
+    folder = _state_dir(options, options.name or default_edge_name())
+    probe = folder / f".check.{secrets.token_hex(4)}"
+    write_private(probe, "")
+    os.unlink(probe)
+    return f"{folder} can be written; there is {', '.join(found) or 'nothing else'}"
+
+
+def _check_clock(target: Target) -> str:
+    """Compare clocks: expiry dates and signatures depend on them."""
+    connection = _Connection(target.url.host, target, HANDSHAKE_S)
+    try:
+        connection.request("GET", target.url.prefix + "/health")
+        date = connection.getresponse().headers.get("Date", "")
+    finally:
+        connection.close()
+    try:
+        ahead = time.time() - parsedate_to_datetime(date).timestamp()
+    except (TypeError, ValueError):
+        return "the bridge does not tell its time"
+    if abs(ahead) > SIGNATURE_S / 2:
+        raise Unavailable(f"differs from the bridge's by {abs(ahead):.0f} s: set it by NTP")
+    return f"differs from the bridge's by {abs(ahead):.0f} s"
 
 
 def _check_bridge(target: Target) -> bool:
     steps: List[Tuple[str, Callable[[], str]]] = [
         ("name", lambda: _check_name(target)), ("route", lambda: _check_route(target)),
-        ("TLS", lambda: _check_tls(target)), ("token", lambda: _check_token(target)),
+        ("TLS", lambda: _check_tls(target)), ("clock", lambda: _check_clock(target)),
+        ("token", lambda: _check_token(target)),
         ("upgrade", lambda: _check_upgrade(target))]
     print(f"bridge   {target.url}")
     # after one that fails, what follows would fail for the same reason
@@ -10507,7 +10676,10 @@ def _check_tls(target: Target) -> str:
     if not target.url.tls:
         return "not used; fine within one machine or a tunnel"
     with open_connection(target.url, target.cert) as sock:
-        return f"{sock.version()}, verified by {target.cert or 'the CAs of this system'}"
+        ends = sock.getpeercert().get("notAfter")                # of a pinned one it is not told
+        days = (ssl.cert_time_to_seconds(ends) - time.time()) / 86400 if ends else None
+        until = f", for {days:.0f} more days" if days is not None else ""
+        return f"{sock.version()}, verified by {target.cert or 'the CAs of this system'}{until}"
 
 
 def _check_token(target: Target) -> str:
