@@ -2791,7 +2791,7 @@ def test_a_token_is_added_listed_revoked_and_expires(home):
     token = store.add("bob", "client")
     assert (home / "t.json").stat().st_mode & 0o777 == 0o600
     assert token not in (home / "t.json").read_text()
-    assert store.find(token) == ("bob", "client", "*") and store.find(token + "x") is None
+    assert store.find(token)[:3] == ("bob", "client", "*") and store.find(token + "x") is None
     short = store.add("short", "read", expires=time.time() + 0.2)
     assert store.find(short).name == "short"
     wait_until(lambda: store.find(short) is None)
