@@ -2556,7 +2556,7 @@ def _make_child_spec(spec: Dict[str, Any], arguments: List[str], mode: str,
     flags = [] if mode == "none" or has_mode else \
         ["--tunnel"] if mode == "reverse" else ["--tunnel", mode]
     executable = spec.get("executable")
-    if executable in (None, "") or executable in CHILD_EXECUTABLES:
+    if executable in (None, "") or isinstance(executable, str) and executable in CHILD_EXECUTABLES:
         return {**spec, "executable": sys.executable,
                 "arguments": [str(Path(radical_edge.__file__).resolve()), "--edge",
                               *[item for item in arguments if item != "--edge"], *flags]}
@@ -2970,9 +2970,9 @@ class Tunnels:
 
     def watch(self, edge_name: str) -> None:
         """Open the child's tunnel once its job runs, and keep it up until the job ends."""
-        self._live.add(edge_name)
-        if edge_name not in self._watchers:
-            record = self._records[edge_name]
+        record = self._records.get(edge_name)
+        if record is not None and not record.ended and edge_name not in self._watchers:
+            self._live.add(edge_name)
             self._watchers[edge_name] = asyncio.ensure_future(self._watch(record))
 
     # -- one child
@@ -4221,6 +4221,10 @@ class BatchDriver:
         paths = resolve_batch_paths(job.spec)
         job.stdout = Path(paths.get("stdout_path", job.stdout))
         job.stderr = Path(paths.get("stderr_path", job.stderr))
+        if not _PLAIN_TEXT.fullmatch(str(job.folder)):
+            raise Unprocessable(f"stdout_path: the edge's state directory {job.folder.parent} has "
+                                "characters that job scripts cannot have: take another with "
+                                "--state")
         try:
             handle = psij.Job(self._translate(psij, job, paths))
             self._executor._get_launcher_from_job(handle)
@@ -4481,8 +4485,9 @@ class SlurmDriver(BatchDriver):
 
     @staticmethod
     def _squeue(fields: str) -> str:
-        user = pwd.getpwuid(os.geteuid()).pw_name
-        result = run_scheduler(["squeue", "-h", "-t", "all", "-u", user, "-o", fields])
+        # -a: also of partitions that are hidden
+        result = run_scheduler(["squeue", "-h", "-a", "-t", "all", "-u", str(os.geteuid()), "-o",
+                                fields])
         if result.code != 0:
             raise SchedulerTrouble(scheduler_error("squeue", result).detail)
         return result.output
@@ -4559,8 +4564,10 @@ class BatchExecutors:
                 setattr(job, name, record.get(name, getattr(job, name)))
             job.stdout, job.stderr = Path(record["stdout"]), Path(record["stderr"])
             job.time = record.get("time", job.time)
+            # who was asked for days about such a job will not tell any more
+            job.gone = job.state == "UNKNOWN" and job.time < time.time() - KEEP_JOBS_S
             self.jobs[job.job_id] = job
-            if not job.is_final:
+            if not job.is_over:
                 self._look_after(job.executor)
 
     def close(self) -> None:
@@ -4841,16 +4848,20 @@ class PSIJSession(PluginSession):
         """
         self._check_active()
         child = make_child(job_spec_dict, tunnel, self._plugin.uplink)
+        if child.edge_name == self._plugin._app.state.edge_name:
+            raise Unprocessable("job_spec.arguments: --name is the name of this edge: take another")
         spec, job_id = parse_job_spec(child.spec), self._make_job_id(key)
-        await self._plugin.executor(executor_name)               # 422 before anything is written
-        tunnels = self._plugin.tunnels
-        await tunnels.prepare(child, self.sid, job_id)
+        executor = await self._plugin.executor(executor_name)    # 422 before anything is written
+        tunnels, known = self._plugin.tunnels, self._jobs.get(job_id)
+        if known is None or await executor.never_ran(known):
+            await tunnels.prepare(child, self.sid, job_id)
         try:
             answer = await self._submit(job_id, spec, executor_name)
-        except Exception:
-            await tunnels.abandon(child.edge_name)
-            raise
-        tunnels.watch(child.edge_name)
+        finally:                                  # also when the client went away meanwhile
+            if job_id in self._jobs:
+                tunnels.watch(child.edge_name)
+            else:
+                await tunnels.abandon(child.edge_name)
         return {**answer, "edge_name": child.edge_name}
 
     def _make_job_id(self, key: Optional[str]) -> str:

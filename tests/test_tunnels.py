@@ -4,6 +4,7 @@ All runs on this machine; test_child_edges.py has a compute node of its own.
 """
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -215,6 +216,9 @@ def tunnel_of(psij, name="c1"):
 def test_mistakes_are_told_and_leave_nothing_behind(psij, sleeper, home):
     assert submit_child(psij, {**sleeper, "arguments": []}, True)[0] == 422
     assert submit_child(psij, {**sleeper, "color": 1}, True)[0] == 422
+    assert submit_child(psij, {**sleeper, "executable": ["x"]}, True)[0] == 422
+    assert submit_child(psij, {**sleeper, "environment": 7}, True)[0] == 422
+    assert submit_child(psij, {**sleeper, "arguments": ["-n", "e1"]}, True)[0] == 422
     assert submit_child(psij, sleeper, "ssh")[0] == 422
     assert submit_child(psij, sleeper, False, executor="nonsense")[0] in (422, 501)
     assert submit_child(psij, {**sleeper, "directory": "/nonsense"}, False)[0] == 422
@@ -247,8 +251,35 @@ def test_the_same_submission_sent_again_starts_no_second_child(psij, sleeper):
         return hosted.thread.submit(session.submit_tunneled(
             body["job_spec"], "local", body["tunnel"], key="k1")).result(20)
 
-    assert submit() == submit()
+    first = submit()
+    assert submit() == first
     assert len(psij.get(f"list_jobs/{psij.sid}")[1]["jobs"]) == 1
+    psij.cancel(first["job_id"])
+    wait_until(lambda: psij.host._hosted["psij"].plugin.tunnels._records["c1"].ended, 20)
+    before = tunnel_of(psij)
+    assert submit() == first and tunnel_of(psij) == before       # also long after
+
+
+def test_a_client_that_went_away_leaves_a_child_that_is_watched(psij, sleeper, monkeypatch):
+    hosted = psij.host._hosted["psij"]
+    session = hosted.plugin._sessions[psij.sid].session
+    submit = session._submit
+
+    async def slow(*arguments):
+        answer = await submit(*arguments)
+        entered.set()
+        await asyncio.sleep(600)
+        return answer
+
+    entered = threading.Event()
+    monkeypatch.setattr(session, "_submit", slow)
+    future = hosted.thread.submit(session.submit_tunneled(sleeper, "local", "forward"))
+    assert entered.wait(20)
+    future.cancel()
+    (job,) = psij.get(f"list_jobs/{psij.sid}")[1]["jobs"]
+    assert submit_child(psij, sleeper, "forward")[0] == 409
+    psij.cancel(job["job_id"])
+    wait_until(lambda: tunnel_of(psij)["status"] == "done", 20)
 
 
 def test_a_tunnel_that_ssh_cannot_open_is_failed_with_sshs_words(psij, sleeper, tmp_path,
@@ -283,7 +314,6 @@ def test_a_child_that_ends_before_its_tunnel_is_up_says_how(psij, tmp_path, monk
 @pytest.fixture
 def relay(home):
     """A relay in this process to a listener in place of the bridge: (relay, port, listener)."""
-    import asyncio
     listener = socket.create_server(("127.0.0.1", 0))
     listener.settimeout(0.3)
     url = radical_edge.parse_bridge_url(f"http://127.0.0.1:{listener.getsockname()[1]}")
