@@ -2374,7 +2374,8 @@ class TokenStore:
                     _sign_child(record["hash"], signed).encode(), signature.encode()):
                 maker = self._identity(record)
                 if maker and maker.may("register") and fnmatch.fnmatchcase(edge_name, maker.edges):
-                    return Identity(maker.name, Scope.EDGE, edge_name)
+                    until = min(int(expires), maker.expires or float("inf"))
+                    return Identity(maker.name, Scope.EDGE, edge_name, until)
         return None
 
     def _set(self, records: List[Dict[str, Any]]) -> None:

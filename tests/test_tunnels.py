@@ -167,7 +167,7 @@ def test_a_childs_token_registers_that_child_alone_and_dies_with_its_maker(home)
     later = int(time.time()) + 60
     made = make_child_token(token, "hpc-1", later)
     found = store.find(made)
-    assert found == radical_edge.Identity("site", radical_edge.Scope.EDGE, "hpc-1")
+    assert found == radical_edge.Identity("site", radical_edge.Scope.EDGE, "hpc-1", later)
     assert not found.may("use") and not found.may("look")
     assert store.find(make_child_token(token, "other", later)) is None   # not the maker's either
     assert store.find(make_child_token(token, "hpc-1", int(time.time()) - 1)) is None
