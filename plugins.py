@@ -5555,15 +5555,16 @@ class TreeWalk:
 
     Yields (relative path, open directory, name, status). Links are not followed, and what is
     private is left out. on_leave(open directory, name) is called after the last in a directory.
-    partials: whether files on their way are shown.
+    partials: whether files on their way are shown. closed: takes the paths of directories that may
+    not be listed; None to raise what the system says.
     Raises Unprocessable for more than MAX_DEPTH levels.
     """
 
     def __init__(self, place: Place,
                  on_leave: Callable[[int, str], None] = lambda fd, name: None, *,
-                 partials: bool = False) -> None:
+                 partials: bool = False, closed: Optional[List[str]] = None) -> None:
         self._private, self._on_leave = place.roots.private_ids(), on_leave
-        self._partials = partials
+        self._partials, self._closed = partials, closed
         # the directories on the way to the present one: (descriptor, names that are left, prefix)
         self._levels: List[Tuple[int, Iterator[str], str]] = []
         self._enter(place.open_dir(), "")
@@ -5580,12 +5581,20 @@ class TreeWalk:
                 continue
             yield prefix + name, fd, name, status
             if stat.S_ISDIR(status.st_mode):
-                self._enter(self._open(fd, name), f"{prefix}{name}/")
+                self._visit(fd, name, prefix + name)
 
     def close(self) -> None:
         """Close the directories that are open."""
         while self._levels:
             os.close(self._levels.pop()[0])
+
+    def _visit(self, fd: int, name: str, path: str) -> None:
+        try:
+            self._enter(self._open(fd, name), path + "/")
+        except PermissionError:
+            if self._closed is None:
+                raise
+            self._closed.append(path)
 
     def _enter(self, fd: int, prefix: str) -> None:
         if len(self._levels) == MAX_DEPTH:
@@ -5833,7 +5842,11 @@ class Partial:
             try:
                 move_new(place, self.name, place)
             except FileExistsError:
-                raise FileExists(f"{place.path!r} exists already: it was made meanwhile") from None
+                # NFS says so as well when it has done it, but its answer was lost
+                if _identity(place.require()) != _identity(self.status):
+                    raise FileExists(f"{place.path!r} exists already: it was made meanwhile"
+                                     ) from None
+                self.delete()
         return self.status
 
 
@@ -6229,19 +6242,19 @@ class Files:
             return {**told, "truncated": True} if len(names) > MAX_DIR_ENTRIES else told
 
     def list_tree(self, path: str) -> Iterator[Dict[str, Any]]:
-        """Yield {"path", "type", ...} of all in a directory, then {"end": true, "entries"}.
+        """Yield {"path", "type", ...} of all in a directory, then {"end", "entries", "closed"}.
 
         path: relative to the directory. A link has the "target" that it leads to, of the kind
-        describe() returns, if that may be seen.
+        describe() returns, if that may be seen. closed: directories that the edge may not list.
         """
         with self.roots.find(path) as place, _explained(path):
             place.require()
-            count = 0
-            with contextlib.closing(TreeWalk(place)) as walk:
+            count, closed = 0, []                 # type: int, List[str]
+            with contextlib.closing(TreeWalk(place, closed=closed)) as walk:
                 for relative, _, _, status in walk:
                     count += 1
                     yield {"path": relative, **self._resolve(place, relative, status)}
-            yield {"end": True, "entries": count}
+            yield {"end": True, "entries": count, "closed": closed}
 
     def read_tail(self, path: str, *, offset: Optional[int] = None, lines: Optional[int] = None,
                   limit: int = 4096) -> Dict[str, Any]:
@@ -6635,8 +6648,8 @@ class _Sender:
                 log_staging.warning("%s: %s; from the start again", self._source, error.detail)
             except EdgeError as error:
                 # not as long as was believed: an earlier request had written more
-                if not (error.status == 409 and error.detail.startswith("offset:")):
-                    self._patience.wait(error)
+                moved = error.status == 409 and error.detail.startswith("offset:")
+                self._patience.wait(Unavailable(error.detail) if moved else error)
 
     def _go_on(self) -> Dict[str, Any]:
         size, told = self._status.st_size, {"path": self._target, "upload": self._name}
@@ -6915,10 +6928,13 @@ class StagingClient(PluginClient):
         with local_place(top) as place, _Jobs() as jobs, _explained(top):
             batch = _Batch(lambda items: jobs.run(self._send_batch, tree, top, path, items,
                                                   overwrite))
-            with contextlib.closing(TreeWalk(place)) as walk:
+            closed: List[str] = []
+            with contextlib.closing(TreeWalk(place, closed=closed)) as walk:
                 for name, _, _, status in walk:
                     self._put_one(tree, batch, jobs, (top, name, status, path, overwrite))
             batch.flush()
+            for name in closed:
+                tree.skip(name)
         return tree.describe(path)
 
     def get_tree(self, src: str, dst: Union[str, Path], overwrite: bool = False, *,
@@ -7084,9 +7100,10 @@ class StagingClient(PluginClient):
         with self.stream("tree", path=path) as pieces:
             lines = b"".join(pieces).splitlines()
         entries = [json.loads(line) for line in lines]
-        if not entries or not entries.pop().get("end"):
+        last = entries.pop() if entries else {}
+        if not last.get("end"):
             raise Unavailable("the list of the tree was cut short")
-        return entries
+        return [*entries, *({"path": path, "type": "closed"} for path in last.get("closed", ()))]
 
     def _fetch_one(self, tree: _Tree, files: Files, source: str, top: str, name: str,
                    overwrite: bool) -> None:

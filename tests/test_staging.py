@@ -609,13 +609,14 @@ def test_a_tree_is_moved_over_a_link_that_is_cut(scene):
 def test_an_edge_that_answers_with_paths_outside_of_the_tree_writes_nothing(scene, tmp_path):
     class Hostile(PluginStaging):
         plugin_name = "hostile"
-        names = ["../evil"]
+        names, closed = ["../evil"], []
 
         @get("tree")
         def get_tree(self, request):
             lines = [{"path": name, "type": "file", "size": 1} for name in self.names]
             return StreamingResponse([json.dumps(line).encode() + b"\n"
-                                      for line in [*lines, {"end": True, "entries": 1}]])
+                                      for line in [*lines, {"end": True, "entries": 1,
+                                                             "closed": self.closed}]])
 
         @radical_edge.post("files/read")
         def read_files(self, request):
@@ -631,6 +632,8 @@ def test_an_edge_that_answers_with_paths_outside_of_the_tree_writes_nothing(scen
         hostile.names = names
         with pytest.raises(EdgeError):
             client.get_tree(str(scene.there), scene.here / "back")
+    hostile.names, hostile.closed = [], ["may not be listed"]
+    assert client.get_tree(str(scene.there), scene.here / "back")["skipped"] == hostile.closed
     (scene.here / "back/out").symlink_to(scene.outside)
     hostile.names = ["out/evil"]
     with pytest.raises(EdgeError):
@@ -977,6 +980,7 @@ from plugins import Files, Roots
 from radical_edge import Forbidden
 if os.geteuid() == 0: os.setgid(65534); os.setuid(65534)
 files = Files(Roots([{str(folder)!r}]))
+print(list(files.list_tree("."))[-1]["closed"])
 for attempt in (lambda: files.read("open/unreadable"), lambda: files.list_dir("closed"),
                 lambda: files.read("closed/x"), lambda: files.make_dir("open/new"),
                 lambda: files.uploads.put("open/x", [b"x"], overwrite=False, sha256=None),
@@ -990,7 +994,7 @@ for attempt in (lambda: files.read("open/unreadable"), lambda: files.list_dir("c
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                               env={"PATH": os.environ["PATH"], "HOME": str(folder),
                                    "PYTHONPATH": os.pathsep.join(sys.path)})
-        assert done.stdout.split() == ["403"] * 6, done.stderr
+        assert done.stdout.split() == ["['closed']"] + ["403"] * 6, done.stderr
     finally:
         for name in ("closed", "open"):
             (folder / name).chmod(0o755)
