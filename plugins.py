@@ -6341,12 +6341,10 @@ class Files:
     def make_dir(self, path: str, *, parents: bool = True) -> Dict[str, Any]:
         """Make a directory; return {"path", "created"}. With parents it may be there already."""
         with self.roots.find(path, parents=parents) as place, _explained(path):
-            status = place.look()
-            if status is None:
-                os.mkdir(place.name, dir_fd=place.fd)
-            elif not parents or not stat.S_ISDIR(status.st_mode):
+            created = make_dir(place)
+            if not created and not parents:
                 raise FileExists(f"{place.path!r} exists already")
-            return {"path": place.path, "created": status is None}
+            return {"path": place.path, "created": created}
 
     def rename(self, source: str, target: str, *, overwrite: bool) -> Dict[str, Any]:
         """Give a file, a link or a directory another name; return {"path"}: the new one.
@@ -6500,12 +6498,9 @@ def parse_relative(value: Any) -> str:
 def write_entry(place: Place, head: Dict[str, Any], content: bytes, overwrite: bool) -> str:
     """Write one entry of a batch; return "written" or "unchanged"."""
     mode, mtime = parse_mode(head.get("mode")), parse_mtime(head.get("mtime"))
-    status = place.look()
     if head.get("type") == "dir":
-        if status is not None and stat.S_ISDIR(status.st_mode):
-            return "unchanged"
-        os.mkdir(place.name, (0o777 if mode is None else mode) | 0o700, dir_fd=place.fd)
-        return "written"
+        made = make_dir(place, (0o777 if mode is None else mode) | 0o700)
+        return "written" if made else "unchanged"
     if head.get("type") != "file":
         raise Unprocessable("type: must be 'file' or 'dir'")
     try:
@@ -6519,6 +6514,17 @@ def write_entry(place: Place, head: Dict[str, Any], content: bytes, overwrite: b
             raise
         return "unchanged"
     return "written"
+
+
+def make_dir(place: Place, mode: int = 0o777) -> bool:
+    """Make a directory; return False when there is one. Raises FileExists for something else."""
+    try:
+        os.mkdir(place.name, mode, dir_fd=place.fd)
+        return True
+    except FileExistsError:                       # perhaps made this moment, for a file in it
+        if not stat.S_ISDIR(place.require().st_mode):
+            raise FileExists(f"{place.path!r} exists already, and is no directory") from None
+        return False
 
 
 def _has_content(place: Place, content: bytes) -> bool:

@@ -606,6 +606,27 @@ def test_a_tree_is_moved_over_a_link_that_is_cut(scene):
     assert not scene.leftovers()
 
 
+def test_batches_at_the_same_time_make_the_same_directories(files):
+    entries = b"".join(plugins.encode_entry({"path": "/".join("abcdefgh"[:depth]), "type": "dir"})
+                       for depth in range(1, 9))
+    start, results = threading.Barrier(8), []
+
+    def write():
+        start.wait()
+        for number in range(30):
+            results.append(files.write_batch(f"{files.root}/{number}", [entries], overwrite=False))
+
+    threads = [threading.Thread(target=write) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 240 and (files.root / "29/a/b/c/d/e/f/g/h").is_dir()
+    (files.root / "file").write_text("x")
+    with pytest.raises(FileExists):
+        files.make_dir(str(files.root / "file"))
+
+
 def test_an_edge_that_answers_with_paths_outside_of_the_tree_writes_nothing(scene, tmp_path):
     class Hostile(PluginStaging):
         plugin_name = "hostile"
