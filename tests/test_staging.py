@@ -389,7 +389,8 @@ def test_a_file_larger_than_wire_version_1_takes_goes_in_segments(wire, scene):
     assert sha256_of(source) == sha256_of(scene.there / "file") == sha256_of(scene.here / "back")
 
 
-def test_an_edge_that_asks_for_signatures_takes_files_from_who_signs(bridge, tokens, tmp_path, home):
+def test_an_edge_that_asks_for_signatures_takes_files_from_who_signs(bridge, tokens, tmp_path,
+                                                                     home):
     there, keys = tmp_path / "there", tmp_path / "keys"
     there.mkdir()
     run("--token", "keygen", "alice")
