@@ -15,6 +15,7 @@ import os
 import pwd
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -97,6 +98,16 @@ class SlurmCluster:
             if time.monotonic() > deadline:
                 pytest.fail(f"job {job_id} is {job.get('JobState')}, not one of {states}")
             time.sleep(0.1)
+
+    @contextlib.contextmanager
+    def frozen_controller(self):
+        """Let the controller take connections and answer nothing."""
+        pid = int((BASE / VERSION / "run/slurmctld.pid").read_text())
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
     def reset(self):
         """Cancel all jobs, put nodes and partitions up."""

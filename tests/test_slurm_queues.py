@@ -251,6 +251,16 @@ def test_the_nodes_of_a_job_are_those_that_run_it(slurm, jobs):
         assert run_python(slurm, "alice", f"QueueInfoSlurm.get_job_nodes({job})") == []
 
 
+def test_a_controller_that_hangs_leaves_the_last_answer_until_it_goes_on(slurm, jobs, alice):
+    before = alice.list_all_jobs("*", force=True)
+    with slurm.frozen_controller():
+        answer = alice.list_all_jobs("*", force=True)
+        assert answer["stale"] is True and answer["jobs"] == before["jobs"]
+        assert "has not answered for 10 s" in answer["problem"]
+        assert alice.backend() == "slurm"
+    wait_until(lambda: "stale" not in alice.list_all_jobs("*", force=True), 120, "a fresh answer")
+
+
 def test_a_second_cluster_is_asked_through_its_own_slurm_conf(slurm, slurm_home, jobs, start_edge):
     conf = slurm_home("alice") / "slurm.conf"
     conf.write_text(Path(slurm.conf).read_text())
