@@ -2563,7 +2563,9 @@ class Authenticator:
 
     def __init__(self, tokens: Optional[TokenStore], allowed_hosts: Iterable[str] = ()) -> None:
         self._tokens = tokens                     # None: --no-auth
-        self._hosts = {host.lower() for host in allowed_hosts}
+        # as given, perhaps with a port: what an Origin may say; and the names alone, for Host
+        self._origins = {host.lower() for host in allowed_hosts}
+        self._hosts = {_without_port(host) for host in self._origins}
         self._limit = LoginLimit()                # the loop's
         self.failures = 0                         # the loop's; for /metrics
 
@@ -2634,8 +2636,11 @@ class Authenticator:
         if origin is None or head.method in ("GET", "HEAD") and "upgrade" not in head.fields:
             return
         host = origin.partition("://")[2].lower()
-        if host != head.host.lower() and _without_port(host) not in self._hosts:
-            raise Forbidden("the request comes from a page of another site (Origin)")
+        # with its port: to browsers, whatever runs at another port of this host is the same site,
+        # and gets our cookie
+        if host != head.host.lower() and host not in self._origins:
+            raise Forbidden("the request comes from a page of another site (Origin): if it is "
+                            "yours, start the bridge with --allow-host NAME, or NAME:PORT")
 
 
 def _without_port(host: str) -> str:
