@@ -129,9 +129,13 @@ def site(slurm, slurm_home, bridge, tokens):
 # ---------------------------------------------------------------------------
 
 def test_a_job_runs_as_alice_and_its_output_and_states_come_back(site):
-    job_id, native = site.submit("id -un; pwd; echo err >&2; sleep 2")
-    truth = site.slurm.wait_for_job(native, "RUNNING", "COMPLETING", "COMPLETED")
-    assert truth["UserId"].startswith("alice(") and truth["JobName"] == "sh"
+    job_id, native = site.submit("id -un; pwd; echo err >&2; while [ ! -e ~/go ]; do sleep 0.1; "
+                                 "done")
+    site.wait_state(job_id, "ACTIVE")             # what is shorter than a look may never be seen so
+    truth = site.slurm.job(native)
+    assert truth["JobState"] == "RUNNING" and truth["JobName"] == "sh"
+    assert truth["UserId"].startswith("alice(")
+    (site.home / "go").touch()
     found = site.wait(job_id)
     assert (found["state"], found["exit_code"]) == ("COMPLETED", 0)
     assert found["stdout"] == f"alice\n{site.home}\n" and found["stderr"] == "err\n"
