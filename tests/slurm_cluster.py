@@ -1,6 +1,6 @@
 """A real Slurm for tests: the fixture `slurm`, and what it gives. See tests/slurm/README.md.
 
-    from slurm_cluster import slurm, slurm_home                # noqa: F401, fixtures
+    (conftest.py imports them: slurm, slurm_home)
     def test_something(slurm): job = slurm.sbatch("alice", "-p", "debug")
 
 SLURM_TEST_VERSION: 24.11 (the default) or 22.05. SLURM_TEST_BASE and SLURM_TEST_PORT_OFFSET: an

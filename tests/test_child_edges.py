@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import plugins                                                            # noqa: E402
 import radical_edge                                                       # noqa: E402
 from radical_edge import EdgeError, TokenStore                            # noqa: E402
-from slurm_cluster import slurm, slurm_home                               # noqa: E402, F401
 from sshd import Sshd, find_sshd, free_port, make_ssh, needs              # noqa: E402
 from test_edge import ROOT, certificate, start, wait_until                # noqa: E402, F401
 

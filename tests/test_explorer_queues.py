@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from slurm_cluster import slurm, slurm_home                  # noqa: F401 (fixtures)
 from test_explorer import driver, look, stage, window        # noqa: F401 (fixtures)
 from test_edge import home, start, wait_until                # noqa: F401 (fixtures)
 

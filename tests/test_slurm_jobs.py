@@ -27,7 +27,6 @@ import plugins                                                            # noqa
 import radical_edge                                                       # noqa: E402
 from plugins import Verdict, conclude                                     # noqa: E402
 from radical_edge import BridgeClient, EdgeError, Unprocessable           # noqa: E402
-from slurm_cluster import slurm, slurm_home                               # noqa: E402, F401
 from test_edge import SCRIPT, ask, make_program, psij, wait_until         # noqa: E402, F401
 
 WAIT_S = 90                    # patience for Slurm on a busy machine

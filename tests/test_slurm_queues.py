@@ -17,7 +17,7 @@ import pytest
 
 import plugins
 from radical_edge import BridgeClient, EdgeError
-from slurm_cluster import check_job, slurm, slurm_home         # noqa: F401, fixtures
+from slurm_cluster import check_job
 from test_edge import SCRIPT, wait_until
 
 STATE_S = 150                  # a job that is to run into its limit has one minute, and some grace

@@ -23,7 +23,6 @@ from plugins import (SensorRecord, WorkflowConfig, classify_edges, config_to_dic
                      parse_sensor_record, parse_seq_no)
 from radical_edge import (BadRequest, BridgeClient, Conflict, Edge, EdgeError, NotFound,
                           Unprocessable)
-from slurm_cluster import slurm  # noqa: F401, a fixture
 from test_edge import SCRIPT, wait_until
 
 STEPS = plugins.WorkflowRun.STEPS
