@@ -6830,8 +6830,8 @@ _PLAIN_PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Radical Edge</title>
 <h1>Radical Edge</h1>
-<p>This bridge is up. Its page for browsers, explorer.html, is not beside radical_edge.py. The API is
-described in <a href="openapi.json">openapi.json</a>; the command
+<p>This bridge is up. Its page for browsers, explorer.html, is not beside radical_edge.py. The API
+is described in <a href="openapi.json">openapi.json</a>; the command
 <code>python radical_edge.py --list</code> shows which edges are connected.</p>
 </html>
 """

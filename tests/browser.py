@@ -1,4 +1,4 @@
-"""A browser for tests: Debian's Chromium, driven through chromedriver (W3C WebDriver) with urllib."""
+"""A browser for tests: Debian's Chromium, driven through chromedriver (W3C WebDriver)."""
 from __future__ import annotations
 
 import base64
@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-ELEMENT = "element-6066-11e4-a52e-4f735466cecf"   # the key of an element reference (WebDriver, 12.2)
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"   # the key of a reference (WebDriver, 12.2)
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync",
          "--disable-dev-shm-usage", "--hide-scrollbars", "--window-size=1280,900"]
@@ -52,8 +52,8 @@ class Driver:
 
     def ask(self, method, path, body=None, timeout=90):
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"},
-                                         method=method)
+        request = urllib.request.Request(self.url + path, data, method=method,
+                                         headers={"Content-Type": "application/json"})
         try:
             with self._open(request, timeout=timeout) as reply:
                 return json.load(reply)["value"]
@@ -137,6 +137,16 @@ class Browser:
         if clear:
             self._post(f"/element/{element}/clear")
         self._post(f"/element/{element}/value", {"text": text})
+
+    def choose(self, selector, words):
+        """Choose the option of a select that reads `words`, once it is there."""
+        self.wait(lambda: self.run("""
+            const select = document.querySelector(args[0]);
+            const option = [...(select?.options || [])].find((one) => one.textContent === args[1]);
+            if (!option) return false;
+            select.value = option.value;
+            select.dispatchEvent(new Event("change"));
+            return true""", selector, words), f"the option {words!r} of {selector}")
 
     def send_file(self, selector, path):
         """Choose a file in a (hidden) file input."""

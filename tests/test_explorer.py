@@ -348,8 +348,7 @@ def test_a_task_is_submitted_followed_and_cancelled(stage, window):
     window.sign_in()
     window.open("#/e/site/rhapsody")
     window.wait_text("No tasks yet.")
-    window.run("const s = document.querySelector('select[name=backends]');"
-               "s.value = [...s.options].find((option) => option.textContent === 'local').value")
+    window.choose("select[name=backends]", "local")
     window.type("input[name=exec]", "sh")
     window.type("input[name=args]", "-c 'n=0; while :; do n=$((n+1)); echo \"line $n\"; "
                                     "sleep 0.2; done'")
@@ -469,16 +468,14 @@ def test_events_are_filtered_paused_and_shown_whole(stage, window):
     window.wait(lambda: window.run("return document.querySelectorAll('.vrow').length") == 5,
                 "five events")
     look(window, "events")
-    window.run("const s = document.querySelector('select[aria-label=Plugin]'); s.value = 'friendly';"
-               "s.dispatchEvent(new Event('change'))")
+    window.choose("select[aria-label=Plugin]", "friendly")
     window.wait(lambda: window.run("return document.querySelectorAll('.vrow').length") == 1,
                 "one event")
     window.click(".vrow .main", "told")
     window.find("pre", '"word": "hello"')
     window.click("button", "Pause")
     stage.call("POST", "/site/friendly/tell", {"word": "later"})
-    window.run("const s = document.querySelector('select[aria-label=Plugin]'); s.value = '';"
-               "s.dispatchEvent(new Event('change'))")
+    window.choose("select[aria-label=Plugin]", "Plugin: all")
     assert "later" not in window.text()
     window.click("button", "Go on")
     window.find(".vrow", "later")
@@ -574,8 +571,25 @@ def test_a_path_that_is_not_allowed_is_refused_with_the_edge_s_words(stage, wind
 # Plugins of others
 # ---------------------------------------------------------------------------
 
+BED = {"plant": "thyme", "rows": 4, "notes": "keep dry", "soil": 7, "tool": "fork",
+       "shade": False, "origin": "page", "labels": {"bed.colour": "green"}}
+
+
+def dig(window):
+    """Fill in the garden's form with BED, and send it."""
+    window.type("input[name=plant]", "thyme")
+    window.type("input[name=rows]", "4")
+    window.type("textarea[name=notes]", "keep dry")
+    window.choose("select[name=soil]", "sand, pH 7")
+    window.choose("select[name=tool]", "fork")     # an option of an endpoint
+    window.click("input[name=shade]")
+    window.click("button", "Labels: add")
+    window.type("input[aria-label='Labels: name']", "bed.colour")
+    window.type("input[aria-label='Labels: value']", "green")
+    window.click("button[type=submit]", "Dig")
+
+
 def test_a_plugin_with_a_ui_config_alone_has_a_page(stage, window):
-    window.expected = [r"dig/session\.\w+ - Failed to load resource: .* 422"]
     stage.start_edge("site", "-p", "garden", "--plugin-file", PLUGINS)
     window.sign_in()
     window.open("#/e/site")
@@ -584,49 +598,58 @@ def test_a_plugin_with_a_ui_config_alone_has_a_page(stage, window):
     window.click("a", "Garden")
     window.find("h1", "Garden")
     window.wait_text("No bed yet.")
-    window.find("select[name=tool]", "fork")       # options of an endpoint
     columns = window.run("return [...document.querySelectorAll('.fields.grid3 > div')].map("
                          "(column) => [...column.querySelectorAll('[name]')].map((n) => n.name))")
     assert columns == [["plant", "rows"], ["notes", "soil"], ["tool", "shade"]]
-    window.click("button[type=submit]", "Dig")     # a required field is empty: nothing is sent
-    window.type("input[name=plant]", "thyme")
-    window.type("input[name=rows]", "500")
-    window.click("button[type=submit]", "Dig")
-    window.find("form .error", "rows: at most 100 fit")
-    window.type("input[name=rows]", "4")
-    window.type("textarea[name=notes]", "keep dry")
-    window.run("document.querySelector('select[name=soil]').value = '1';"
-               "document.querySelector('select[name=tool]').value = '1'")
-    window.click("input[name=shade]")
-    window.click("button", "Labels: add")
-    window.type("input[aria-label='Labels: name']", "bed.colour")
-    window.type("input[aria-label='Labels: value']", "green")
-    window.click("button[type=submit]", "Dig")
-    window.find(".vrow .main", "bed-1")
+    dig(window)
     window.click(".vrow .main", "bed-1")
     sid = stage.call("GET", "/site/garden/list_sessions")["sessions"][0]
     assert stage.call("GET", f"/site/garden/bed/{sid}/bed-1") == {
-        "bed_id": "bed-1", "state": "RUNNING", "plant": "thyme", "rows": 4, "notes": "keep dry",
-        "soil": 7, "tool": "fork", "shade": False, "origin": "page",
-        "labels": {"bed.colour": "green"}}
+        "bed_id": "bed-1", "state": "RUNNING", **BED}
     window.find("section[aria-label=Job] .tile", "keep dry")    # what `detail` answers
     look(window, "described")
     window.click("section[aria-label=Job] button", "Fill in")
     window.click("section[aria-label=Job] button", "Really?")
     window.find(".vrow .state", "CANCELED")        # told by its notification
+
+
+def test_a_form_s_mistakes_are_named(stage, window):
+    window.expected = [r"dig/session\.\w+ - Failed to load resource: .* 422"]
+    stage.start_edge("site", "-p", "garden", "--plugin-file", PLUGINS)
+    window.sign_in()
+    window.open("#/e/site/garden")
+    window.wait_text("No bed yet.")
+    window.click("button[type=submit]", "Dig")     # a required field is empty: nothing is sent
+    window.type("input[name=plant]", "thyme")
+    window.type("input[name=rows]", "500")
+    window.click("button[type=submit]", "Dig")
+    window.find("form .error", "rows: at most 100 fit")
+    assert stage.call("GET", "/site/garden/list_sessions")["sessions"]
+    assert "No bed yet." in window.text()
+
+
+def test_monitors_show_what_their_routes_answer(stage, window):
+    stage.start_edge("site", "-p", "garden", "--plugin-file", PLUGINS)
+    window.sign_in()
+    window.open("#/e/site/garden")
     window.find(".tile", "Humidity percent")
     reading = ("return [...document.querySelectorAll('.tile')].find((tile) => "
                "tile.textContent.startsWith('Reading')).querySelector('b').textContent")
     before = int(window.run(reading))
     window.wait(lambda: int(window.run(reading)) > before, "the next reading")
     window.find("pre", '"dear": "reader"')
-    assert window.run("return document.querySelectorAll('tbody tr').length") == 100
+    rows = "return document.querySelectorAll('tbody tr').length"
+    assert window.run(rows) == 100
     window.click("th button", "Left")
     window.click("th button", "Left")
     window.find("th[aria-sort=descending]", "Left")
     window.click("button", "Show more")
-    window.wait(lambda: window.run("return document.querySelectorAll('tbody tr').length") == 250,
-                "all rows")
+    window.wait(lambda: window.run(rows) == 250, "all rows")
+    window.type("input[aria-label=Filter]", "plant 07")
+    window.wait(lambda: window.run(rows) == 1, "the one that is searched")
+    before = int(window.run(reading))
+    window.click("button", "Refresh")
+    window.wait(lambda: int(window.run(reading)) > before, "what is asked for again")
 
 
 def test_a_module_draws_its_page_in_a_frame(stage, window):
@@ -887,3 +910,34 @@ class FakeEdges:
 
     def close(self):
         self.drop(len(self._sockets))
+
+
+# ---------------------------------------------------------------------------
+# A workflow
+# ---------------------------------------------------------------------------
+
+def test_a_workflow_is_started_seen_in_its_phases_and_stopped(stage, window):
+    stage.start_edge("ucsb", "-p", "rhapsody,staging,sysinfo")
+    stage.start_edge("fabric", "-p", "xgfabric")
+    window.sign_in()
+    window.open("#/e/fabric/xgfabric")
+    window.find("select[aria-label=Workflow]", "workflow: test")
+    choose = ("for (const name of ['Workflow', 'Resources']) {"
+              " document.querySelector(`select[aria-label=${name}]`).value = 'test'; }")
+    window.run(choose)
+    window.find(".state", "idle")
+    window.click("button", "Start")
+    window.find(".state.run", "running")
+    window.find(".steps li.now")
+    window.find("pre[aria-label=Log]", "looking for clusters")
+    window.find(".steps li.now", "Run the simulations", timeout=60)
+    look(window, "xgfabric")
+    window.find(".state.good", "completed", timeout=120)
+    window.find("dl", "4 of 4")
+    assert window.run("return document.querySelectorAll('.steps li.done').length") == 10
+    window.run(choose)
+    window.click("button", "Start")
+    window.find(".steps li.now", "Run the simulations", timeout=60)
+    window.click("button", "Stop")
+    window.click("button", "Really?")
+    window.find(".state", "cancelled", timeout=60)

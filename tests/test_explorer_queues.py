@@ -36,8 +36,7 @@ def test_queues_are_seen_with_their_use_and_jobs_are_filtered_and_cancelled(
     look(window, "queue_info")
     window.click("button", "Everybody's")
     window.find(".vrow", "of-bob")
-    window.run("const s = document.querySelector('select[aria-label=State]'); s.value = 'RUNNING';"
-               "s.dispatchEvent(new Event('change'))")
+    window.choose("select[aria-label=State]", "RUNNING")
     window.wait(lambda: window.run("return document.querySelectorAll('.vrow').length") == 2,
                 "the running ones")
     window.type("main input[type=search]", "of-ours")
