@@ -123,6 +123,7 @@ class Browser:
         while True:
             element = self.find(selector, words, timeout)
             try:
+                self.run("args[0].scrollIntoView({block: 'center'})", {ELEMENT: element})
                 self._post(f"/element/{element}/click")
                 return
             except BrowserError as error:
