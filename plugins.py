@@ -6904,6 +6904,12 @@ class StagingClient(PluginClient):
         # what is signed is read twice: the second time from memory
         self.segment = self.SHORT_SEGMENT if self.is_signed else sys.maxsize
 
+    def register_session(self, **kwargs: Any) -> None:
+        """Make a session on the edge."""
+        super().register_session(**kwargs)
+        if self._http.get("/health").is_error:    # a bridge of radical.edge has no such route
+            self.shorten()                        # and would make one message of a whole file
+
     def put(self, src: Union[str, Path], dst: str, overwrite: bool = False, *,
             progress: Optional[Progress] = None) -> Dict[str, Any]:
         """Send a file, or a directory with all that is in it; return {"path", "size", ...}.
