@@ -7898,13 +7898,16 @@ def read_log(path: Path, offset: int = 0) -> Iterator[Tuple[int, int, Dict[str, 
     offset: of the line to begin with. Descriptions are passed over without being parsed; so is
     what a killed writer left.
     """
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
         file.seek(offset)
         for line in file:
+            value = {}
             if line.startswith((b'{"taken"', b'{"uid"')) and line.endswith(b"\n"):
                 value = _json_object(line.decode(errors="replace"))
-                if value:
-                    yield offset, len(line), value
+            if value:
+                yield offset, len(line), value
             offset += len(line)
 
 
@@ -9303,16 +9306,18 @@ def parse_backend(value: Any) -> Dict[str, Any]:
 class BackendLink:
     """A backend of a session, seen from the edge: starts its task host, or finds it again.
 
-    folder: where the host's log, settings and output are. on_taken, on_ended, on_running and
-    on_state are called on the session's loop, in the order in which things happened.
+    folder: where the host's log, settings and output are. The session's table, and its on_state(),
+    are told on the session's loop, in the order in which things happened.
     """
 
     def __init__(self, session: "RhapsodySession", name: str, options: Dict[str, Any],
                  folder: Path) -> None:
         self.name, self.folder = name, folder
-        self._session, self._options = session, options
+        self._session, self._table, self._options = session, session.table, options
         self.state, self.error = "initializing", None
         self.next_number = 0                      # of a task; it names the files with its output
+        self.read_to = 0                          # how far the table has read the log
+        self.told = 0                             # how far the ends in it were told
         self._calls: Dict[int, "asyncio.Future[Dict[str, Any]]"] = {}    # by the message's id
         self._next = 0
         self._writer: Optional[asyncio.StreamWriter] = None
@@ -9337,11 +9342,11 @@ class BackendLink:
             return False
         self._mark, self._address = settings["mark"], settings["address"]
         if settings["host"] != os.uname().nodename:              # a home that several hosts share
-            if self._session.has_live(self):
+            if self._table.has_live(self):
                 raise Unavailable(f"its tasks were started on {settings['host']}: an edge there "
                                   "can tell")
             return False
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, asyncio.TimeoutError):
             await self._dial(settings["address"])
             return True
         await asyncio.to_thread(end_marked, _HOST_MARK, self._mark, 0.0, 1.0)
@@ -9360,7 +9365,7 @@ class BackendLink:
         self._process = await asyncio.to_thread(self._spawn, settings)
         end = time.monotonic() + HOST_START_S * (4 if self.name == "dragon" else 1)
         while True:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, asyncio.TimeoutError):
                 await self._dial(settings["address"])
                 return
             if self._process.poll() is not None or time.monotonic() > end:
@@ -9475,13 +9480,13 @@ class BackendLink:
 
     def _on_message(self, message: Dict[str, Any]) -> None:
         if "taken" in message:
-            self._session.on_taken(self, message["taken"], message["key"])
+            self._table.on_taken(self, message["taken"], message["key"])
         if "id" in message:
             future = self._calls.get(message["id"])
             if future is not None and not future.done():
                 future.set_result(message)
         if message.get("running") or message.get("ended"):
-            self._session.on_progress(self, message.get("running", ()), message.get("ended", ()))
+            self._table.on_progress(self, message.get("running", ()), message.get("ended", ()))
         if "state" in message:
             self.state, self.error = message["state"], message.get("error")
             if self.state != "initializing":
@@ -9491,21 +9496,24 @@ class BackendLink:
     async def _on_lost(self) -> None:
         """Find the host again; if it has died, say so of its tasks, and start another."""
         was_ready = self.state == "ready"
-        if await self.connect():
-            await self._session.catch_up(self)
-            return
-        log_tasks.error("%s: the task host of %s has died", self._session.sid, self.name)
-        self.state, self.error = "failed", "its process has died"
-        self._opened.set()
-        await asyncio.to_thread(self._end_all)
-        await self._session.on_host_lost(self)
-        if was_ready and not self._closing:
-            self.state, self.error = "initializing", None
-            self._opened.clear()
-            try:
+        try:
+            if await self.connect():
+                await self._table.load(self)      # what was written meanwhile
+                return
+            log_tasks.error("%s: the task host of %s has died", self._session.sid, self.name)
+            if was_ready:
+                self.state = "initializing"
+                self._opened.clear()
+            await asyncio.to_thread(self._end_all)
+            await self._table.load(self)
+            await self._table.settle(self, "host_died", "the process that ran the session's tasks "
+                                     "has died")
+            if not was_ready:
+                self.fail(self.error or "its process has died")
+            elif not self._closing:
                 await self.launch()
-            except EdgeError as error:
-                self.fail(error.detail)
+        except (EdgeError, OSError) as error:
+            self.fail(str(getattr(error, "detail", error)))
 
     def _end_all(self) -> None:
         """End what the host and its tasks have left, and reap the host. Blocks."""
@@ -9574,19 +9582,26 @@ class _TaskNews:
         self._session, self._window, self._items = session, window, items
         self._waiting: List[Dict[str, Any]] = []
         self._bytes = 0
+        self._told: Dict[BackendLink, int] = {}   # how far each log is told with what waits
         self._pending: Optional[asyncio.TimerHandle] = None
+        self._sending: Set["asyncio.Task[None]"] = set()
 
     def on_running(self, uids: List[str]) -> None:
         """Tell that tasks run."""
         for at in range(0, len(uids), NOTIFY_ITEMS):
-            self._tell([{"uid": uid, "state": "RUNNING"} for uid in uids[at:at + NOTIFY_ITEMS]])
+            self._session.notify(*self._make([{"uid": uid, "state": "RUNNING"}
+                                              for uid in uids[at:at + NOTIFY_ITEMS]]))
 
-    def on_end(self, entry: Dict[str, Any], size: int) -> None:
-        """Tell that a task has ended, soon. size: of the entry, in bytes."""
+    def on_end(self, link: BackendLink, end: int, entry: Dict[str, Any], size: int) -> None:
+        """Tell that a task has ended, soon.
+
+        end: of the entry in the backend's log. size: what it takes of a notification, in bytes.
+        """
         if self._waiting and self._bytes + size > NOTIFY_BYTES:
             self.flush()
         self._waiting.append({name: entry[name] for name in _TOLD if name in entry})
         self._bytes += size
+        self._told[link] = end
         if len(self._waiting) >= self._items:
             self.flush()
         elif self._pending is None:
@@ -9599,15 +9614,143 @@ class _TaskNews:
             self._pending.cancel()
             self._pending = None
         waiting, self._waiting, self._bytes = self._waiting, [], 0
-        if waiting:
-            self._tell(waiting)
-            self._session.on_told()
+        told, self._told = self._told, {}
+        if waiting:                               # tasks begin in the order in which they are made
+            sending = asyncio.ensure_future(self._send(self._make(waiting), told))
+            self._sending.add(sending)
+            sending.add_done_callback(self._sending.discard)
 
-    def _tell(self, tasks: List[Dict[str, Any]]) -> None:
+    async def close(self) -> None:
+        """Tell what waits, and return once that is safe, or a disk seems to hang."""
+        self.flush()
+        if self._sending:
+            await asyncio.wait(set(self._sending), timeout=1.0)
+
+    async def _send(self, message: Tuple[str, Dict[str, Any]],
+                    told: Dict[BackendLink, int]) -> None:
+        """Tell ends, and then write down that they were told; a later edge tells the rest."""
+        await self._session._plugin.send_notification(*message)
+        for link, end in told.items():
+            if end > link.told:
+                link.told = end
+                with contextlib.suppress(OSError):    # then some are told once more
+                    await asyncio.to_thread(_write_told, link.folder, end)
+
+    def _make(self, tasks: List[Dict[str, Any]]) -> Tuple[str, Dict[str, Any]]:
+        sid = self._session.sid
         if len(tasks) == 1:
-            self._session.notify("task_status", {"sid": self._session.sid, **tasks[0]})
-        else:
-            self._session.notify("task_status_batch", {"sid": self._session.sid, "tasks": tasks})
+            return "task_status", {"sid": sid, **tasks[0]}
+        return "task_status_batch", {"sid": sid, "tasks": tasks}
+
+
+class TaskTable:
+    """The tasks of a session, as they are known to be. The plugin's loop owns it."""
+
+    def __init__(self, news: _TaskNews) -> None:
+        self.records: Dict[str, TaskRecord] = {}  # by uid, the oldest first
+        self.live: Dict[str, TaskRecord] = {}     # those that have not ended
+        self.reserved: Set[str] = set()           # uids that are being submitted
+        self.waiters: Set[_TaskWaiter] = set()
+        self._news = news
+
+    def reserve(self, submission: Submission, key: Optional[str]) -> Submission:
+        """Return what of a submission is new, and reserve its uids; who submits gives them back.
+
+        Tasks that an earlier submission of the same key has brought are left out. Raises Conflict
+        when a uid is another's, or when there are too many tasks.
+        """
+        if len(self.records) + len(self.reserved) + len(submission.uids) > MAX_TASKS:
+            raise Conflict(f"a session has at most {MAX_TASKS} tasks: register another")
+        taken = [uid for uid in submission.uids if uid in self.reserved or uid in self.records and
+                 (key is None or self.records[uid].key != key)]
+        if taken:
+            raise Conflict(f"uid: {', '.join(taken[:5])}{' ...' if taken[5:] else ''}: there is "
+                           f"such a task already, so that none of the {len(submission.uids)} was "
+                           "submitted")
+        fresh = [index for index, uid in enumerate(submission.uids) if uid not in self.records]
+        tasks = submission.tasks if len(submission.tasks) == 1 else \
+            [submission.tasks[index] for index in fresh]
+        uids = [submission.uids[index] for index in fresh]
+        self.reserved.update(uids)
+        return Submission(tasks, uids)
+
+    def on_taken(self, link: BackendLink, taken: List[List[Any]], key: Optional[str]) -> None:
+        """Take notice that a host has tasks: [uid, number, offset, size] each."""
+        for uid, number, offset, size in taken:
+            link.next_number = max(link.next_number, number + 1)
+            if uid not in self.records:
+                record = TaskRecord(uid, link, number, key, (offset, size))
+                self.records[uid] = self.live[uid] = record
+
+    def on_progress(self, link: BackendLink, running: Iterable[str],
+                    ended: Iterable[List[Any]]) -> None:
+        """Take notice of tasks that run, and of ends: [offset, size, entry] each."""
+        begun = [uid for uid in running if uid in self.live and self.live[uid].state != "RUNNING"]
+        for uid in begun:
+            self.live[uid].state = "RUNNING"
+        if begun:
+            self._news.on_running(begun)
+        for offset, size, entry in ended:
+            # it may have been in the log that was read meanwhile
+            if self._end(entry, (offset, size)) and offset >= link.told:
+                self._news.on_end(link, offset + size, entry, min(size, MAX_EVENT))
+
+    async def wait(self, uids: List[str], timeout: Optional[float]) -> None:
+        """Return once none of these tasks is live, or after `timeout` seconds."""
+        pending = {uid for uid in uids if uid in self.live}
+        if not pending:
+            return
+        waiter = _TaskWaiter(pending)
+        self.waiters.add(waiter)
+        try:
+            await asyncio.wait_for(waiter.done.wait(), timeout)
+        except asyncio.TimeoutError:
+            pass
+        finally:
+            self.waiters.discard(waiter)
+
+    def has_live(self, link: BackendLink) -> bool:
+        """Return whether a backend has tasks that have not ended."""
+        return any(record.link is link for record in self.live.values())
+
+    async def load(self, link: BackendLink) -> None:
+        """Read on in a backend's log."""
+        start = link.read_to
+        for offset, size, value in await asyncio.to_thread(
+                lambda: list(read_log(link.log, start))):
+            if "taken" in value:
+                self.on_taken(link, value["taken"], value.get("key"))
+            else:
+                self.on_progress(link, (), [[offset, size, _shorten_end(value, size)]])
+            link.read_to = offset + size
+
+    async def settle(self, link: BackendLink, reason: str, error: str) -> None:
+        """Say of all live tasks of a host that is gone that they have failed."""
+        lost = [record for record in self.live.values() if record.link is link]
+        if lost:
+            entries = [{"uid": record.uid, "state": "FAILED", "exit_code": None, "error": error,
+                        "reason": reason, "time": time.time()} for record in lost]
+            places = await asyncio.to_thread(_append_to_log, link.log, entries)
+            self.on_progress(link, (), [[*place, entry] for place, entry in zip(places, entries)])
+
+    async def close(self) -> None:
+        """Tell what has not been told, and send all who wait away."""
+        await self._news.close()
+        for waiter in self.waiters:
+            waiter.done.set()
+
+    def _end(self, entry: Dict[str, Any], place: Tuple[int, int]) -> bool:
+        """Take a task's end; return whether it is new."""
+        record = self.live.pop(entry["uid"], None)
+        if record is None:
+            return False
+        record.state, record.exit_code = entry["state"], entry.get("exit_code")
+        record.ended = place
+        for waiter in self.waiters:
+            waiter.pending.discard(record.uid)
+            if not waiter.pending:
+                waiter.done.set()
+        return True
 
 
 class RhapsodySession(PluginSession):
@@ -9626,14 +9769,7 @@ class RhapsodySession(PluginSession):
         super().__init__(sid)
         self._wanted = backend_names
         self._links: Dict[str, BackendLink] = {}  # by the backend's name
-        self._records: Dict[str, TaskRecord] = {}                # by uid, the oldest first
-        self._live: Dict[str, TaskRecord] = {}    # those that have not ended
-        self._reserved: Dict[str, Optional[str]] = {}            # uids being submitted, their key
-        self._waiters: Set[_TaskWaiter] = set()
-        self._news = _TaskNews(self, notify_batch_window, notify_batch_size)
-        self._read_to: Dict[str, int] = {}        # how far each log was read, by backend
-        self._told: Dict[str, int] = {}           # how far its ends were told, likewise
-        self._telling: Optional["asyncio.Task[None]"] = None
+        self.table = TaskTable(_TaskNews(self, notify_batch_window, notify_batch_size))
         self._opening: Optional["asyncio.Task[None]"] = None
         self._usable = False                      # whether it ever was ready
         self._status: Tuple[str, Optional[str]] = ("initializing", None)         # as last told
@@ -9667,22 +9803,22 @@ class RhapsodySession(PluginSession):
 
     async def _open(self, link: BackendLink) -> None:
         """Find a backend's tasks of earlier processes, and its host, or start one."""
-        self._told[link.name] = await asyncio.to_thread(_read_told, link.folder)
-        await self._load(link)
-        if self._records:
+        link.told = await asyncio.to_thread(_read_told, link.folder)
+        await self.table.load(link)
+        if self.table.records:
             self._usable = True                   # the session was ready before the edge ended
         try:
             if not await link.connect():
-                await self._load(link)            # its last words
-                await self._settle(link, EDGE_RESTART, "the edge was restarted, and the task's "
-                                   "host was gone; how the task ended is not known")
+                await self.table.load(link)       # its last words
+                await self.table.settle(link, EDGE_RESTART, "the edge was restarted, and the "
+                                        "task's host was gone; how it ended is not known")
                 missing = await asyncio.to_thread(find_missing, link.name)
                 if missing:
                     raise NotInstalled(missing)
                 await link.launch()
-            await self._load(link)                # what was written until it was connected
-        except EdgeError as error:
-            link.fail(error.detail)
+            await self.table.load(link)           # what was written until it was connected
+        except (EdgeError, OSError) as error:
+            link.fail(str(getattr(error, "detail", error)))
 
     async def close(self) -> Dict[str, Any]:
         """End all tasks and backends, and delete what was kept of them."""
@@ -9691,25 +9827,21 @@ class RhapsodySession(PluginSession):
             await asyncio.wait([self._opening], timeout=CLOSE_S)
             self._opening.cancel()
         await asyncio.gather(*[link.close() for link in self._links.values()])
-        self._news.flush()
-        if self._telling is not None:
-            self._telling.cancel()
-        for waiter in self._waiters:
-            waiter.done.set()
+        await self.table.close()
         await asyncio.to_thread(shutil.rmtree, self.folder, True)
         return {}
 
-    def detach(self) -> None:
+    async def detach(self) -> None:
         """Leave the tasks alone: the edge ends, they go on."""
-        self._news.flush()
         if self._opening is not None:
             self._opening.cancel()
         for link in self._links.values():
             link.detach()
+        await self.table.close()
 
     def is_busy(self) -> bool:
         """A session with live tasks does not expire."""
-        return bool(self._live or self._reserved)
+        return bool(self.table.live or self.table.reserved)
 
     def get_status(self) -> Dict[str, Any]:
         """Return {"sid", "status", "error", "backends"}: initializing, ready or failed."""
@@ -9744,11 +9876,10 @@ class RhapsodySession(PluginSession):
             lambda index: f"task.{hashlib.sha256(f'{seed} {index}'.encode()).hexdigest()[:16]}")
         await asyncio.to_thread(check_tasks, submission.tasks, self._plugin.policy)
         note_for_audit(tasks=len(submission.uids), first=submission.uids[0])
-        fresh = self._drop_repeated(submission, digest)
+        fresh = self.table.reserve(submission, digest)
         if fresh.uids:
-            self._reserved.update(dict.fromkeys(fresh.uids, digest))
             await asyncio.shield(asyncio.ensure_future(self._hand_over(fresh, digest)))
-        return [{"uid": uid, "state": self._records[uid].state} for uid in submission.uids]
+        return [{"uid": uid, "state": self.table.records[uid].state} for uid in submission.uids]
 
     async def wait_tasks(self, uids: List[str],
                          timeout: Optional[float] = None) -> List[Dict[str, Any]]:
@@ -9762,21 +9893,13 @@ class RhapsodySession(PluginSession):
         """Return what wait_tasks() does, as JSON text. uids: None for all."""
         self._check_active()
         self._check_usable()
-        wanted = list(self._records) if uids is None else uids
-        if wanted and not any(uid in self._records for uid in wanted):
+        records = self.table.records
+        wanted = list(records) if uids is None else uids
+        if wanted and not any(uid in records for uid in wanted):
             raise NotFound(f"there is no task {wanted[0][:80]!r} in this session: see list_tasks")
-        pending = {uid for uid in wanted if uid in self._live}
-        if pending:
-            waiter = _TaskWaiter(pending)
-            self._waiters.add(waiter)
-            try:
-                await asyncio.wait_for(waiter.done.wait(), timeout)
-            except asyncio.TimeoutError:
-                pass
-            finally:
-                self._waiters.discard(waiter)
+        await self.table.wait(wanted, timeout)
         self._check_active()
-        known = [self._records.get(uid) or uid for uid in wanted]
+        known = [records.get(uid) or uid for uid in wanted]
         return await asyncio.to_thread(_encode_states, known)
 
     async def list_tasks(self, offset: int = 0, limit: int = 1000) -> Dict[str, Any]:
@@ -9785,8 +9908,9 @@ class RhapsodySession(PluginSession):
         next_offset: where the next page begins, None after the last one.
         """
         self._check_usable()
-        total = len(self._records)
-        page = list(itertools.islice(self._records.values(), offset, offset + limit))
+        records = self.table.records
+        total = len(records)
+        page = list(itertools.islice(records.values(), offset, offset + limit))
         end = offset + len(page)
         tasks = await asyncio.to_thread(_describe_records, page)
         return {"tasks": tasks, "total": total, "next_offset": end if end < total else None}
@@ -9812,7 +9936,7 @@ class RhapsodySession(PluginSession):
             answer = await record.link.call("cancel", uids=[uid])
             if uid in answer["refused"]:
                 raise Conflict(answer["refused"][uid])
-        if record.uid in self._live:
+        if record.uid in self.table.live:
             raise Unavailable("the task was told to end and has not yet: look again")
         if record.state != "CANCELED":
             raise Conflict(f"the task has ended already: it is {record.state}")
@@ -9821,7 +9945,7 @@ class RhapsodySession(PluginSession):
     async def cancel_all(self) -> Dict[str, Any]:
         """End all tasks; return {"canceled": how many, "refused": {uid: why not}}."""
         self._check_usable()
-        chosen = list(self._live.values())
+        chosen = list(self.table.live.values())
         refused: Dict[str, str] = {}
         for link in self._links.values():
             uids = [record.uid for record in chosen if record.link is link]
@@ -9838,43 +9962,13 @@ class RhapsodySession(PluginSession):
         self._check_usable()
         states: Dict[str, int] = collections.Counter()
         backends: Dict[str, Dict[str, int]] = {name: collections.Counter() for name in self._links}
-        for record in self._records.values():
+        for record in self.table.records.values():
             states[record.state] += 1
             backends[record.link.name][record.state] += 1
-        return {"tasks": len(self._records), "live": len(self._live), "states": states,
+        return {"tasks": len(self.table.records), "live": len(self.table.live), "states": states,
                 "backends": backends, "status": self.get_status()["status"]}
 
     # -- for links
-
-    def on_taken(self, link: BackendLink, taken: List[List[Any]], key: Optional[str]) -> None:
-        """Take notice that a host has tasks: [uid, number, offset, size] each."""
-        for uid, number, offset, size in taken:
-            link.next_number = max(link.next_number, number + 1)
-            if uid not in self._records:
-                record = TaskRecord(uid, link, number, key, (offset, size))
-                self._records[uid] = self._live[uid] = record
-
-    def on_progress(self, link: BackendLink, running: Iterable[str],
-                    ended: Iterable[List[Any]]) -> None:
-        """Take notice of tasks that run, and of ends: [offset, size, entry] each."""
-        begun = [uid for uid in running if uid in self._live and
-                 self._live[uid].state != "RUNNING"]
-        for uid in begun:
-            self._live[uid].state = "RUNNING"
-        if begun:
-            self._news.on_running(begun)
-        for offset, size, entry in ended:
-            record = self._live.pop(entry["uid"], None)
-            if record is None:
-                continue                          # it was in the log that was read meanwhile
-            record.state, record.exit_code = entry["state"], entry.get("exit_code")
-            record.ended = (offset, size)
-            self._told_up_to(link, offset + size)
-            self._news.on_end(entry, min(size, MAX_EVENT))
-            for waiter in self._waiters:
-                waiter.pending.discard(record.uid)
-                if not waiter.pending:
-                    waiter.done.set()
 
     def on_state(self, link: BackendLink) -> None:
         """Tell of the session's status when it has changed."""
@@ -9886,24 +9980,6 @@ class RhapsodySession(PluginSession):
         self._status = told
         self.notify("session_status", {"sid": self.sid, "status": told[0],
                                        **({"error": told[1]} if told[1] else {})})
-
-    def has_live(self, link: BackendLink) -> bool:
-        """Return whether a backend has tasks that have not ended."""
-        return any(record.link is link for record in self._live.values())
-
-    async def catch_up(self, link: BackendLink) -> None:
-        """Read in a host's log what it wrote while there was no link to it."""
-        await self._load(link)
-
-    async def on_host_lost(self, link: BackendLink) -> None:
-        """Settle the tasks of a host that has died."""
-        await self._load(link)
-        await self._settle(link, "host_died", "the process that ran the session's tasks has died")
-
-    def on_told(self) -> None:
-        """Write down how far the ends of tasks were told; a later edge tells the rest."""
-        if self._telling is None or self._telling.done():
-            self._telling = asyncio.ensure_future(self._write_told())
 
     # -- inside
 
@@ -9921,28 +9997,10 @@ class RhapsodySession(PluginSession):
 
     def _find(self, uid: str) -> TaskRecord:
         self._check_usable()
-        record = self._records.get(uid)
+        record = self.table.records.get(uid)
         if record is None:
             raise NotFound(f"there is no task {uid[:80]!r} in this session: see list_tasks")
         return record
-
-    def _drop_repeated(self, submission: Submission, key: Optional[str]) -> Submission:
-        """Return what of a submission is new. Raises Conflict when a uid is another's."""
-        if len(self._records) + len(self._reserved) + len(submission.uids) > MAX_TASKS:
-            raise Conflict(f"a session has at most {MAX_TASKS} tasks: register another")
-        taken = []
-        for uid in submission.uids:
-            record = self._records.get(uid)
-            if uid in self._reserved or record is not None and (key is None or record.key != key):
-                taken.append(uid)
-        if taken:
-            raise Conflict(f"uid: {', '.join(taken[:5])}{' ...' if taken[5:] else ''}: there is "
-                           f"such a task already, so that none of the {len(submission.uids)} was "
-                           "submitted")
-        fresh = [index for index, uid in enumerate(submission.uids) if uid not in self._records]
-        tasks = submission.tasks if len(submission.tasks) == 1 else \
-            [submission.tasks[index] for index in fresh]
-        return Submission(tasks, [submission.uids[index] for index in fresh])
 
     async def _hand_over(self, submission: Submission, key: Optional[str]) -> None:
         """Give tasks to their hosts: none of them, unless each host finds its part right."""
@@ -9959,46 +10017,8 @@ class RhapsodySession(PluginSession):
                                 functions=_list_functions(part.tasks))
         finally:
             for uid in submission.uids:
-                self._reserved.pop(uid, None)
+                self.table.reserved.discard(uid)
 
-    async def _load(self, link: BackendLink) -> None:
-        """Read on in a backend's log."""
-        start = self._read_to.get(link.name, 0)
-        for offset, size, value in await asyncio.to_thread(
-                lambda: list(read_log(link.log, start))):
-            if "taken" in value:
-                self.on_taken(link, value["taken"], value.get("key"))
-            else:
-                told = offset < self._told.get(link.name, 0)
-                self._apply_end(link, offset, size, value, told)
-            self._read_to[link.name] = offset + size
-
-    def _apply_end(self, link: BackendLink, offset: int, size: int, entry: Dict[str, Any],
-                   told: bool) -> None:
-        if not told:
-            self.on_progress(link, (), [[offset, size, _shorten_end(entry, size)]])
-            return
-        record = self._live.pop(entry["uid"], None)
-        if record is not None:
-            record.state, record.exit_code = entry["state"], entry.get("exit_code")
-            record.ended = (offset, size)
-
-    async def _settle(self, link: BackendLink, reason: str, error: str) -> None:
-        """Say of all live tasks of a host that is gone that they have failed."""
-        lost = [record for record in self._live.values() if record.link is link]
-        if lost:
-            entries = [{"uid": record.uid, "state": "FAILED", "exit_code": None, "error": error,
-                        "reason": reason, "time": time.time()} for record in lost]
-            places = await asyncio.to_thread(_append_to_log, link.log, entries)
-            self.on_progress(link, (), [[*place, entry] for place, entry in zip(places, entries)])
-
-    def _told_up_to(self, link: BackendLink, offset: int) -> None:
-        self._told[link.name] = max(self._told.get(link.name, 0), offset)
-
-    async def _write_told(self) -> None:
-        told = dict(self._told)
-        with contextlib.suppress(OSError):        # then some ends are told once more
-            await asyncio.to_thread(_write_told, self.folder, told)
 
 
 def _list_functions(tasks: List[Dict[str, Any]]) -> List[str]:
@@ -10019,9 +10039,8 @@ def _read_told(folder: Path) -> int:
     return int(text) if text.isdigit() else 0
 
 
-def _write_told(folder: Path, told: Dict[str, int]) -> None:
-    for name, offset in told.items():
-        (folder / name / "told").write_text(f"{offset}\n", encoding="ascii")
+def _write_told(folder: Path, told: int) -> None:
+    (folder / "told").write_text(f"{told}\n", encoding="ascii")
 
 
 def _encode_states(records: List[Union[TaskRecord, str]]) -> bytes:
@@ -10349,8 +10368,7 @@ class PluginRhapsody(Plugin):
 
     async def stop(self) -> None:
         """Leave the tasks alone; they go on."""
-        for record in self._sessions.values():
-            record.session.detach()
+        await asyncio.gather(*[record.session.detach() for record in self._sessions.values()])
 
     def remarks(self) -> List[str]:
         """Say which backends cannot be used here, and why."""

@@ -27,6 +27,8 @@ from radical_edge import BridgeClient  # noqa: E402
 KINDS = {"programs": {"executable": "/bin/true"}, "functions": {"function": "math:sqrt",
                                                                 "args": [9.0]}}
 
+PORTION = 1000                 # programs given to rhapsody-py at a time: it starts them all at once
+
 
 async def run_directly(kind: str, tasks: int, folder: str) -> float:
     """Return the tasks per second of rhapsody-py alone."""
@@ -37,8 +39,10 @@ async def run_directly(kind: str, tasks: int, folder: str) -> float:
                                                                     "args": [9.0]}
     begin = time.perf_counter()
     made = [rhapsody.ComputeTask(uid=f"t{n}", **given) for n in range(tasks)]
-    await session.submit_tasks(made)
-    await session.wait_tasks(made)
+    portion = PORTION if kind == "programs" else tasks
+    for at in range(0, tasks, portion):
+        await session.submit_tasks(made[at:at + portion])
+        await session.wait_tasks(made[at:at + portion])
     rate = tasks / (time.perf_counter() - begin)
     assert all(task["state"] == "DONE" for task in made)
     await session.close()
@@ -82,13 +86,18 @@ def measure(scene: Scene, tasks: int, rounds: int, folder: str) -> None:
         for kind in KINDS:
             rates = {name: [] for name in ["directly", *backends]}
             for _ in range(rounds):               # by turns: the machine is not always as fast
-                if "concurrent" in backends:
-                    rates["directly"].append(asyncio.run(run_directly(kind, tasks, folder)))
-                for name in backends:
-                    with edge.get_plugin("rhapsody", backends=[name]) as session:
-                        rates[name].append(run_through(session, kind, tasks))
+                measure_round(edge, kind, tasks, folder, rates)
             show(kind, tasks, rates)
         print(f"edge: {memory_mib(scene.edge.pid):.0f} MiB afterwards")
+
+
+def measure_round(edge: object, kind: str, tasks: int, folder: str, rates: dict) -> None:
+    """Add a figure to each of `rates`."""
+    if "concurrent" in rates:
+        rates["directly"].append(asyncio.run(run_directly(kind, tasks, folder)))
+    for name in set(rates) - {"directly"}:
+        with edge.get_plugin("rhapsody", backends=[name]) as session:
+            rates[name].append(run_through(session, kind, tasks))
 
 
 def show(kind: str, tasks: int, rates: dict) -> None:

@@ -14,13 +14,14 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 import plugins
 import radical_edge
 from radical_edge import (BridgeClient, Conflict, Edge, EdgeError, Forbidden, NotFound,
-                          Unprocessable, encode_json)
+                          encode_json)
 from test_edge import SCRIPT, start, wait_until  # noqa: F401
 
 PATIENCE = 120.0               # seconds; for a machine that does much else
@@ -28,18 +29,17 @@ PATIENCE = 120.0               # seconds; for a machine that does much else
 
 def processes_with(text):
     """Return the pids of living processes that have `text` among their arguments or environment."""
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            with open(f"/proc/{name}/stat") as file:
-                if file.read().rpartition(")")[2].split()[0] == "Z":
-                    continue
-            for part in ("cmdline", "environ"):
-                with open(f"/proc/{name}/{part}", "rb") as file:
-                    if text.encode() in file.read() and int(name) != os.getpid():
-                        found.append(int(name))
-                        break
-    return found
+    return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
+            if pid != os.getpid() and text.encode() in describe_process(pid)]
+
+
+def describe_process(pid):
+    """Return a process's arguments and environment; b"" of one that has ended."""
+    folder = Path(f"/proc/{pid}")
+    with contextlib.suppress(OSError):
+        if (folder / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            return (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
+    return b""
 
 
 @pytest.fixture
@@ -509,7 +509,7 @@ def test_a_waiter_that_goes_away_leaves_nothing_behind(session, task_edge, raw):
     connection = raw()
     connection.send_request("POST", f"/e1/rhapsody/wait/{session.sid}",
                             encode_json({"uids": ["a"]}).encode())
-    waiters = find_session(session)._waiters
+    waiters = find_session(session).table.waiters
     wait_until(lambda: waiters, 30)
     connection.close()
     wait_until(lambda: not waiters, 30)
@@ -712,7 +712,7 @@ def test_bulky_results_do_not_stay_in_the_edges_memory(session, modules):
     assert {len(task["return_value"]) for task in ended} == {500_000}
     found = find_session(session)
     assert sum(len(repr([getattr(record, name) for name in record.__slots__ if name != "link"]))
-               for record in found._records.values()) < 100_000
+               for record in found.table.records.values()) < 100_000
 
 
 # ---------------------------------------------------------------------------
@@ -858,6 +858,25 @@ def test_an_edge_that_ends_in_good_order_leaves_the_tasks_running(killable, conn
     assert session.wait_tasks(["a"], 0)[0]["state"] == "RUNNING"
     (tmp_path / "go").touch()
     assert session.wait_tasks(["a"], PATIENCE)[0]["state"] == "DONE"
+
+
+def test_tasks_that_run_on_another_machine_are_neither_lost_nor_run_again(killable, connect, home):
+    edge = killable()
+    session = connect()
+    session.submit_tasks([script("sleep 1000", uid="a")])
+    path = home / f".radical/edge/state/e1/rhapsody/tasks/{session.sid}/local/settings.json"
+    edge.end(9)
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "host": "login-7"}))     # a home that both share
+    edge = killable()
+    wait_until(lambda: session.get_status()["status"] == "failed", 30)
+    assert "login-7" in session.get_status()["error"]
+    assert session.wait_tasks(["a"], 0)[0]["state"] == "QUEUED"
+    assert refusal(session.submit_tasks, [{"executable": "true"}]).status == 503
+    edge.end(9)
+    path.write_text(json.dumps(settings))
+    killable()
+    wait_until(lambda: session.wait_tasks(["a"], 0)[0]["state"] == "RUNNING", 30)
 
 
 def test_an_idle_host_ends_with_its_edge(killable, connect):

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 import plugins
-from radical_edge import Conflict, NotInstalled, Unprocessable
-from test_edge import SCRIPT, Process, wait_until
+from radical_edge import Conflict, Unprocessable
+from test_edge import Process, wait_until
 from test_rhapsody import (PATIENCE, connect, modules, processes_with, refusal,  # noqa: F401
                            run, script)
 
