@@ -7495,6 +7495,7 @@ BACKEND_START_S = 300.0        # and its backend ready; pilots wait in queues
 HOST_CALL_S = 60.0             # a host must answer within so long
 CLOSE_S = 15.0                 # a backend has so long to close in good order
 IMPORT_S = 30.0                # a function's module must be imported within so long
+FOLDER_CHECK_S = 10.0          # a host without an edge looks so often whether its folder is there
 FIRST_EDGE_S = 60.0            # a host that no edge has found by then ends
 
 TASK_FINAL_STATES = frozenset(("DONE", "FAILED", "CANCELED", "COMPLETED"))
@@ -7968,9 +7969,11 @@ class TaskHost:
         server = await _listen(self.settings["address"], self._serve)
         opening = asyncio.ensure_future(self._open())
         self._loop.call_later(FIRST_EDGE_S, self._end_if_idle)
+        watching = asyncio.ensure_future(self._watch_folder())
         await self._done.wait()
         server.close()
         opening.cancel()
+        watching.cancel()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.backend.close(), CLOSE_S)
         self._report()
@@ -8127,10 +8130,28 @@ class TaskHost:
         return refused
 
     async def _close(self, message: Dict[str, Any]) -> None:
+        self._send({"id": message["id"]})
+        self._end()
+
+    def _end(self) -> None:
+        """End all tasks, and then this process."""
         for task in list(self.live.values()):
             self._stop(task, "canceled")
-        self._send({"id": message["id"]})
         self._done.set()
+
+    async def _watch_folder(self) -> None:
+        """End when the folder was deleted while there is no edge: no other would find this host."""
+        missing = 0
+        while missing < 2:                        # once may be a file system's hiccup
+            await asyncio.sleep(FOLDER_CHECK_S)
+            try:
+                os.stat(self.folder / "settings.json")
+                missing = 0
+            except FileNotFoundError:
+                missing += self._edge is None
+            except OSError:
+                pass
+        self._end()
 
     def _end_if_idle(self) -> None:
         if self._edge is None and not self.live:

@@ -8,6 +8,7 @@ import base64
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -877,6 +878,19 @@ def test_tasks_that_run_on_another_machine_are_neither_lost_nor_run_again(killab
     path.write_text(json.dumps(settings))
     killable()
     wait_until(lambda: session.wait_tasks(["a"], 0)[0]["state"] == "RUNNING", 30)
+
+
+def test_a_host_whose_folder_was_deleted_ends_with_its_tasks(killable, connect, home):
+    mark = f"deleted-{os.getpid()}-{time.time_ns()}"
+    edge = killable()
+    session = connect()
+    session.submit_tasks([script("sleep 1000", env={"MARK": mark})])
+    wait_until(lambda: processes_with(mark), 30)
+    edge.end(9)
+    shutil.rmtree(home / f".radical/edge/state/e1/rhapsody/tasks/{session.sid}")
+    wait_until(lambda: not processes_with(mark) and
+               not processes_with(f"{session.sid}/local/host.py"), 60)
+    killable()
 
 
 def test_an_idle_host_ends_with_its_edge(killable, connect):
