@@ -9,10 +9,12 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import queue
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -35,6 +37,7 @@ from radical_edge import (Bridge, BridgeClient, Edge, EdgeError, EventParser, Fr
 
 ROOT = Path(__file__).resolve().parent
 SCRIPT = str(ROOT / "radical_edge.py")
+REQUIRED = os.environ.get("RADICAL_EDGE_REQUIRE", "").split(",")     # now: `home` unsets it
 
 
 # ---------------------------------------------------------------------------
@@ -51,6 +54,25 @@ def wait_until(condition, timeout=10.0, what="the condition"):
         if time.monotonic() > deadline:
             pytest.fail(f"{what} did not come true within {timeout:.0f} s")
         time.sleep(0.01)
+
+
+def needs(area, present, what):
+    """Skip the test or file without `present`; fail it if RADICAL_EDGE_REQUIRE names the area.
+
+    RADICAL_EDGE_REQUIRE: areas, with commas between; an extra of setup.cfg is an area, too.
+    """
+    if not present:
+        if area in REQUIRED:
+            pytest.fail(f"{area}: needs {what}")
+        pytest.skip(f"{area}: needs {what}", allow_module_level=True)
+
+
+def needs_module(name, extra="test"):
+    """Import and return a module of an extra of setup.cfg; without it, do what needs() does."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return needs(extra, False, f"{name}: pip install '.[{extra}]'")
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +152,16 @@ class EchoPlugin(Plugin):
     async def block(self, request):
         time.sleep(float(request.path_params["seconds"]))      # blocks its loop, as bad plugins do
         return {}
+
+
+def test_what_a_test_needs_fails_it_where_it_is_required_and_else_skips_it(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "REQUIRED", ["sshd"])
+    needs("sshd", "/usr/sbin/sshd", "openssh-server")
+    with pytest.raises(pytest.fail.Exception, match="sshd: needs openssh-server"):
+        needs("sshd", None, "openssh-server")
+    with pytest.raises(pytest.skip.Exception, match="test: needs no_such: pip install"):
+        needs_module("no_such")
+    assert needs_module("json") is json
 
 
 @pytest.fixture
@@ -372,7 +404,7 @@ SIZES = (0, 1, 125, 126, 65535, 65536, 1 << 20, 8 << 20)
 
 @pytest.mark.parametrize("ours_is_client", [True, False], ids=["client", "server"])
 def test_wsproto_and_we_read_each_other(ours_is_client):
-    wsproto = pytest.importorskip("wsproto.frame_protocol", reason="needs wsproto")
+    wsproto = needs_module("wsproto.frame_protocol")
     theirs = wsproto.FrameProtocol(client=not ours_is_client, extensions=[])
     parser = FrameParser(masked=not ours_is_client)
     mask = os.urandom(4) if ours_is_client else None
@@ -397,7 +429,7 @@ def test_wsproto_and_we_read_each_other(ours_is_client):
 
 @pytest.mark.parametrize("ours_is_client", [True, False], ids=["client", "server"])
 def test_websockets_and_we_read_each_other(ours_is_client):
-    pytest.importorskip("websockets", reason="needs websockets")
+    needs_module("websockets")
     from websockets.frames import Frame
     from websockets.protocol import Protocol, Side
     theirs = Protocol(Side.SERVER if ours_is_client else Side.CLIENT, max_size=16 << 20)
@@ -420,7 +452,7 @@ def test_websockets_and_we_read_each_other(ours_is_client):
 
 def test_websockets_as_an_edge_of_version_1_serves_a_request(bridge, tokens, raw):
     """An edge of the older kind: token as the URL's password, no "registered", base64 bodies."""
-    sync = pytest.importorskip("websockets.sync.client", reason="needs websockets")
+    sync = needs_module("websockets.sync.client")
     url = bridge.url.replace("http://", f"ws://x:{tokens[1]['edge']}@") + "/register"
     with sync.connect(url, max_size=None) as link:
         link.send(json.dumps({"type": "register", "edge_name": "old", "endpoint": {"type": "x"},
@@ -448,7 +480,7 @@ def test_websockets_as_an_edge_of_version_1_serves_a_request(bridge, tokens, raw
 
 def test_websockets_as_a_bridge_of_version_1_is_served_by_our_edge(home):
     """A bridge of the older kind: no token, no "registered", JSON pings, msgpack for binary."""
-    server = pytest.importorskip("websockets.sync.server", reason="needs websockets")
+    server = needs_module("websockets.sync.server")
     seen, done = [], threading.Event()
 
     def serve(link):
@@ -674,7 +706,7 @@ H11_DIFFERS = {
 
 
 def test_h11_agrees_on_what_is_a_good_request_but_for_what_is_written_down():
-    h11 = pytest.importorskip("h11", reason="needs h11")
+    h11 = needs_module("h11")
     differs = set()
     for name, (data, _) in {**GOOD_REQUESTS, **BAD_REQUESTS}.items():
         connection = h11.Connection(h11.SERVER)
@@ -925,8 +957,8 @@ class WsprotoPeer:
     """One end of a WebSocket, spoken by wsproto over a real socket."""
 
     def __init__(self, sock, client):
-        wsproto = pytest.importorskip("wsproto", reason="needs wsproto")
-        self._events = pytest.importorskip("wsproto.events")
+        wsproto = needs_module("wsproto")
+        self._events = needs_module("wsproto.events")
         kind = wsproto.ConnectionType.CLIENT if client else wsproto.ConnectionType.SERVER
         self._connection, self._sock = wsproto.WSConnection(kind), sock
         self._sock.settimeout(10)
@@ -1024,7 +1056,7 @@ def test_wsproto_as_an_edge_serves_bodies_of_every_size(bridge, tokens, raw):
 
 
 def test_websockets_as_an_edge_answers_in_fragments_with_pings_in_between(bridge, tokens, raw):
-    sync = pytest.importorskip("websockets.sync.client", reason="needs websockets")
+    sync = needs_module("websockets.sync.client")
     url = bridge.url.replace("http://", f"ws://x:{tokens[1]['edge']}@") + "/register"
     client, pongs = raw(), []
     with sync.connect(url, max_size=None) as link:
@@ -1070,7 +1102,7 @@ def test_the_bridge_leaves_a_peer_that_breaks_the_protocol_with_the_close_code(
 @contextlib.contextmanager
 def websockets_bridge():
     """A bridge played by `websockets`: yield its URL and a queue of the links that come."""
-    server = pytest.importorskip("websockets.sync.server", reason="needs websockets")
+    server = needs_module("websockets.sync.server")
     links, done = queue.Queue(), threading.Event()
 
     def handle(link):
@@ -1294,7 +1326,7 @@ def test_a_body_that_json_has_no_text_for_is_refused(body):
 
 def test_an_answer_that_json_has_no_text_for_is_502_at_once(bridge, tokens, raw):
     # seen by the client: it must get an answer
-    sync = pytest.importorskip("websockets.sync.client", reason="needs websockets")
+    sync = needs_module("websockets.sync.client")
     url = bridge.url.replace("http://", f"ws://x:{tokens[1]['edge']}@") + "/register"
     with sync.connect(url) as link:
         link.send(REGISTER)
@@ -1569,7 +1601,7 @@ H11_DECIDES_OTHERWISE = {
 
 def accepted_by_h11(data):
     """Return whether h11 reads one request of `data` without an error."""
-    h11 = pytest.importorskip("h11", reason="needs h11")
+    h11 = needs_module("h11")
     connection = h11.Connection(h11.SERVER)
     connection.receive_data(data)
     try:
@@ -3017,10 +3049,8 @@ def test_connections_that_were_links_or_subscriptions_are_forgotten_at_their_end
 
 
 def test_two_thousand_subscribers_cost_no_thread(edge, raw, bridge):
-    resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < 5000:
-        pytest.skip("needs 5,000 open files")
+    needs("system", hard == resource.RLIM_INFINITY or hard >= 5000, "5,000 open files")
     resource.setrlimit(resource.RLIMIT_NOFILE, (5000 if hard == resource.RLIM_INFINITY else hard,
                                                 hard))
     before, client = threading.active_count(), raw()
@@ -3591,7 +3621,7 @@ def test_an_edge_is_told_to_end_and_does_not_come_back(bridge, tokens, raw):
 
 def test_a_hostile_bridge_does_not_break_an_edge(tokens, home):
     """Whatever a bridge sends, the edge leaves it and tries again."""
-    sync = pytest.importorskip("websockets.sync.server", reason="needs websockets")
+    sync = needs_module("websockets.sync.server")
     nonsense = ["{", "[]", '{"type": "request"}', '{"type": "request", "req_id": 1}', b"\xc1",
                 '{"type": "topology", "edges": 7}', '{"type": "error", "message": {"a": 1}}']
     connections = []
@@ -4076,9 +4106,9 @@ def test_a_message_that_an_older_edge_cannot_take_is_413(bridge, fake_edge, raw,
     assert client.reply()[0] == 200
 
 
-@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no such limit")
 def test_an_older_edge_may_be_silent_for_many_heartbeats(tokens):
     """Its plugins run where its heartbeat does; whether its host is alive the system knows."""
+    needs("system", hasattr(socket, "TCP_USER_TIMEOUT"), "a limit to unacknowledged time")
     bridge = Bridge(port=0, tokens=tokens[0], heartbeat=0.1).start()
     old = FakeEdge(bridge, tokens[1]["edge"], "old")
     new = FakeEdge(bridge, tokens[1]["edge"], "new", wire=[1])
@@ -4500,7 +4530,7 @@ def test_sysinfo_gives_every_key_and_strict_json():
 
 
 def test_sysinfo_is_the_same_with_psutil_and_without():
-    psutil = pytest.importorskip("psutil", reason="needs psutil")
+    psutil = needs_module("psutil")
     ours = plugins.SysInfoProvider(use_psutil=False).get_metrics()
     theirs = plugins.SysInfoProvider(use_psutil=True).get_metrics()
     assert shape(ours) == shape(theirs)
@@ -4973,7 +5003,7 @@ if [ ! -f {folder}/code ]; then echo "77|RUNNING|n1|None"; fi
 
 
 def test_a_batch_job_goes_through_psij_python(psij, tmp_path, monkeypatch):
-    pytest.importorskip("psij", reason="needs psij-python")
+    needs_module("psij")
     status, value = psij.try_submit("nonsense", executable="/bin/true")
     assert status == 422 and value["detail"].startswith("executor") and "slurm" in value["detail"]
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
@@ -5205,8 +5235,7 @@ def test_a_bridge_is_ended_by_a_client(start):
 @pytest.fixture
 def certificate(tmp_path):
     """A self-made certificate for 127.0.0.1: (its file, its key's file, its pin)."""
-    if not shutil.which("openssl"):
-        pytest.skip("needs the openssl program")
+    needs("system", shutil.which("openssl"), "the program openssl")
     cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
     subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
                     "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=test",

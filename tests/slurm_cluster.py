@@ -25,9 +25,9 @@ from pathlib import Path
 import pytest
 
 import plugins
+from test_edge import REQUIRED, needs
 
 SCRIPTS = Path(__file__).resolve().parent / "slurm"
-REQUIRED = "slurm" in os.environ.get("RADICAL_EDGE_REQUIRE", "").split(",")
 VERSION = os.environ.get("SLURM_TEST_VERSION", "24.11")
 BASE = Path(os.environ.get("SLURM_TEST_BASE", "/opt/slurm-test"))
 PROGRAMS = Path(os.environ.get("SLURM_TEST_DIST", "/opt/slurm-test-dist"))
@@ -136,12 +136,13 @@ def _up(*options):
 
 
 def why_absent():
-    """Return why there can be no Slurm here; None when there can."""
+    """Return what a Slurm lacks here; None when there can be one."""
     if os.geteuid() != 0:
-        return "Slurm for tests needs root: its daemons run jobs as several users"
-    if REQUIRED or ((PROGRAMS / VERSION / ".version").exists() and shutil.which("munged")):
+        return "root: the daemons run jobs as several users"
+    is_here = (PROGRAMS / VERSION / ".version").exists() and shutil.which("munged")
+    if is_here or "slurm" in REQUIRED:            # then `up` installs it
         return None
-    return f"Slurm for tests is not installed: run `sh tests/setup-slurm.sh {VERSION}` as root"
+    return f"sh tests/setup-slurm.sh {VERSION}, as root"
 
 
 def check_job(job, truth):
@@ -204,9 +205,8 @@ def _is_up():
 @pytest.fixture(scope="session")
 def slurm():
     """A real Slurm with an empty queue; skips, or fails if RADICAL_EDGE_REQUIRE names slurm."""
-    reason = why_absent()
-    if reason:
-        (pytest.fail if REQUIRED else pytest.skip)(reason)
+    absent = why_absent()
+    needs("slurm", not absent, absent)
     with _alone():
         was_up = _is_up()
         yield SlurmCluster(_up("--reset"))

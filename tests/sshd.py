@@ -13,13 +13,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def needs(area, present, what):
-    """Skip the test without `present`; fail it when RADICAL_EDGE_REQUIRE names the area."""
-    if not present:
-        required = area in os.environ.get("RADICAL_EDGE_REQUIRE", "").split(",")
-        (pytest.fail if required else pytest.skip)(f"{area}: needs {what}")
-
-
 def find_sshd():
     """Return the path of the sshd program, or None."""
     return shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")

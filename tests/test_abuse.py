@@ -24,9 +24,8 @@ import pytest
 import radical_edge
 from radical_edge import Edge
 from test_edge import (MATRIX, SCOPES, FakeEdge, Raw, assert_error, bridge_url,         # noqa: F401
-                       certificate, start, wait_until)
+                       certificate, needs, start, wait_until)
 
-REQUIRED = "security" in os.environ.get("RADICAL_EDGE_REQUIRE", "").split(",")
 NGINX = shutil.which("nginx") or "/usr/sbin/nginx"
 
 
@@ -302,8 +301,7 @@ def test_slow_tls_handshakes_delay_nobody_and_are_ended(tokens, certificate, mon
 
 def test_ten_thousand_idle_connections_cost_little_and_delay_nobody(start, home):        # noqa: F811
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < 12_000:
-        pytest.skip(f"needs 12,000 open files; the system allows {hard}")
+    needs("system", hard == resource.RLIM_INFINITY or hard >= 12_000, "12,000 open files")
     resource.setrlimit(resource.RLIMIT_NOFILE, (12_000, hard))
     sockets = []
     try:
@@ -439,10 +437,7 @@ http {
 @pytest.fixture
 def nginx(bridge, tmp_path):
     """Return the port of an nginx that has the bridge under /prefix/, as the README says."""
-    if not os.path.exists(NGINX):
-        if REQUIRED:
-            pytest.fail("nginx is required and not there: tests/setup-security.sh")
-        pytest.skip("needs nginx: tests/setup-security.sh")
+    needs("security", os.path.exists(NGINX), "nginx: run tests/setup-security.sh")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     folder = tmp_path / "nginx"

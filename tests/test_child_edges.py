@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import plugins                                                            # noqa: E402
 import radical_edge                                                       # noqa: E402
 from radical_edge import EdgeError, TokenStore                            # noqa: E402
-from sshd import Sshd, find_sshd, free_port, make_ssh, needs              # noqa: E402
-from test_edge import ROOT, certificate, start, wait_until                # noqa: E402, F401
+from sshd import Sshd, find_sshd, free_port, make_ssh                     # noqa: E402
+from test_edge import (ROOT, certificate, needs, needs_module, start,     # noqa: E402, F401
+                       wait_until)
 
 WAIT_S = 90
 NODE = "c1"
@@ -328,7 +329,7 @@ class Site:
 
 @pytest.fixture
 def site(start, certificate, slurm, slurm_home, node, home):
-    pytest.importorskip("psij", reason="needs psij-python")
+    needs_module("psij")
     made = Site(start, certificate, slurm, node, home, slurm_home("alice"))
     yield made
     made.end()

@@ -24,18 +24,16 @@ import pytest
 import radical_edge
 from legacy_service import make_probe
 from radical_edge import Bridge, BridgeClient, Edge, EdgeError
-from test_edge import ROOT, EchoPlugin, Relay, wait_until
+from test_edge import ROOT, EchoPlugin, Relay, needs, wait_until
 
 VENV = ROOT / ".venv-compat"
 PYTHON = str(VENV / "bin/python")
-REQUIRED = "compat" in os.environ.get("RADICAL_EDGE_REQUIRE", "").split(",")
 PACKAGES = {"radical.edge": ("radical-edge-bridge.py", "radical-edge-service.py"),
             "radical.orbit": ("radical-orbit-bridge.py", "radical-orbit-endpoint.py")}
 
 OURS = ["echo", "sysinfo", "psij", "rhapsody", "staging"]            # plugins of our edges
 
-pytestmark = pytest.mark.skipif(not REQUIRED and not Path(PYTHON).exists(),
-                                reason="needs radical.orbit 0.2.0: run tests/setup-compat.sh")
+needs("compat", Path(PYTHON).exists(), "radical.orbit 0.2.0: run tests/setup-compat.sh")
 
 
 # ---------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import pytest
 
 import radical_edge
 from browser import Browser, Driver, find_programs
-from test_edge import bridge_url, home, start, tokens, wait_until      # noqa: F401 (fixtures)
+from test_edge import bridge_url, home, needs, start, tokens, wait_until     # noqa: F401 (fixtures)
 
 HERE = Path(__file__).resolve().parent
 PLUGINS = str(HERE / "explorer" / "example_plugins.py")
@@ -30,18 +30,10 @@ CHROMIUM, CHROMEDRIVER = find_programs()
 AXE = Path(os.environ.get("RADICAL_EDGE_AXE") or Path.home() / ".cache/radical-edge/axe",
            "node_modules/axe-core/axe.min.js")       # read now: HOME is the test's own later
 SHOTS = os.environ.get("RADICAL_EDGE_SHOTS")
-IS_REQUIRED = "explorer" in os.environ.get("RADICAL_EDGE_REQUIRE", "").split(",")
 
 
-def missing():
-    """Return what is not installed, as a sentence; "" when all is there."""
-    absent = [name for name, found in (("chromium", CHROMIUM), ("chromedriver", CHROMEDRIVER),
-                                       (str(AXE), AXE.is_file())) if not found]
-    return f"not installed: {', '.join(absent)}; run tests/setup-explorer.sh" if absent else ""
-
-
-if missing() and not IS_REQUIRED:
-    pytest.skip(missing(), allow_module_level=True)
+needs("explorer", CHROMIUM and CHROMEDRIVER and AXE.is_file(),
+      f"chromium, chromedriver and {AXE}: run tests/setup-explorer.sh")
 
 
 # ---------------------------------------------------------------------------
@@ -99,7 +91,6 @@ def stage(start, home):
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
     """chromedriver, for all tests of this file."""
-    assert not missing(), missing()
     running = Driver(CHROMEDRIVER, tmp_path_factory.mktemp("driver"))
     yield running
     running.close()

@@ -21,7 +21,7 @@ import pytest
 import radical_edge
 from radical_edge import Kind, Opcode, encode_frame
 from test_edge import (FakeEdge, Raw, assert_error, certificate, fake_edge,    # noqa: F401
-                       bridge_url, fake_edge2, only_wire2, start, wait_until)
+                       needs_module, bridge_url, fake_edge2, only_wire2, start, wait_until)
 
 
 def metrics(client):
@@ -357,7 +357,7 @@ def test_notifications_that_wait_for_no_acknowledgement_cost_the_link(fake_edge2
 # ---------------------------------------------------------------------------
 
 def test_metrics_are_valid_and_name_routes_not_paths(edge, bridge, raw):
-    parser = pytest.importorskip("prometheus_client.parser")
+    parser = needs_module("prometheus_client.parser", "security")
     client = raw()
     for path in ("/e1/echo/hello", "/e1/echo/hello?x=1", "/e1/echo/fail/418", "/edges",
                  "/e1/echo/nosuch/route", "/nobody/echo/hello", "/health/ready", "/x"):
@@ -387,7 +387,7 @@ def test_routes_that_an_edge_makes_up_do_not_fill_the_metrics(monkeypatch):
     text = counters.encode({})
     assert text.count("radical_edge_requests_total{") == 11
     assert 'route="/other",status="200"} 90' in text
-    parser = pytest.importorskip("prometheus_client.parser")
+    parser = needs_module("prometheus_client.parser", "security")
     families = list(parser.text_string_to_metric_families(text))
     routes = {sample.labels["route"] for sample in families[0].samples}
     assert '/{edge}/p/7"\\\n' in routes

@@ -20,10 +20,9 @@ import pytest
 import plugins
 from radical_edge import (BridgeClient, Conflict, DeadlineExceeded, Edge, EdgeError, NotFound,
                           NotInstalled, TooManyRequests, Unavailable, Unprocessable)
-from test_edge import SCRIPT, wait_until
+from test_edge import SCRIPT, needs, wait_until
 
 REAL_PYTHON = Path(__file__).resolve().parent.parent / ".venv-lucid/bin/python"
-REQUIRED = "lucid" in os.environ.get("RADICAL_EDGE_REQUIRE", "").split(",")
 
 FAKE_PILOT = '''
 import os, signal, subprocess, threading, time
@@ -420,10 +419,7 @@ def test_after_kill_9_of_the_edge_nothing_runs_on_and_the_truth_is_told(
 @pytest.fixture
 def real(bridge, tokens, home, monkeypatch):
     """An edge whose Python has the real radical.pilot."""
-    if not REAL_PYTHON.exists():
-        if REQUIRED:
-            pytest.fail("needs radical.pilot: tests/setup-lucid.sh")
-        pytest.skip("needs radical.pilot: tests/setup-lucid.sh")
+    needs("lucid", REAL_PYTHON.exists(), "radical.pilot: run tests/setup-lucid.sh")
     with edge_process(bridge, tokens[1]["edge"], REAL_PYTHON) as process:
         yield process
     wait_until(lambda: not processes(home), 30, "the end of all processes")

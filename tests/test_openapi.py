@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import radical_edge
-from test_edge import run, start, wait_until, bridge_url            # noqa: F401
+from test_edge import bridge_url, needs, needs_module, run, start, wait_until    # noqa: F401
 
 EXAMPLES = 500 if os.environ.get("RADICAL_EDGE_LONG") else 10
 # ends what is tested, or never ends
@@ -48,7 +47,7 @@ def describe(url, token):
 
 
 def test_the_description_is_valid_and_names_every_route(running):
-    validator = pytest.importorskip("openapi_spec_validator", reason="needs openapi-spec-validator")
+    validator = needs_module("openapi_spec_validator", "security")
     document = describe(*running)
     assert document["openapi"].startswith("3.1")
     validator.validate(document)
@@ -60,7 +59,7 @@ def test_the_description_is_valid_and_names_every_route(running):
 
 
 def test_the_description_of_odd_plugins_is_valid_too(bridge, raw, tokens):
-    validator = pytest.importorskip("openapi_spec_validator", reason="needs openapi-spec-validator")
+    validator = needs_module("openapi_spec_validator", "security")
     from test_edge import FakeEdge
     fake = FakeEdge(bridge, tokens[1]["edge"], "f1")
     fake.say(type="topology", edges={"f1": {"plugins": {
@@ -77,8 +76,7 @@ def test_the_description_of_odd_plugins_is_valid_too(bridge, raw, tokens):
 
 def test_nothing_that_schemathesis_sends_is_a_500(running, tmp_path):
     program = Path(sys.executable).with_name("schemathesis")
-    if not program.exists():
-        pytest.skip("needs the test extra: schemathesis")
+    needs("security", program.exists(), "schemathesis: pip install '.[security]'")
     url, token = running
     document = describe(url, token)
     sids = {plugin: radical_edge.call("e1", plugin, "register_session", {}, url=url, token=token)["sid"]
@@ -103,10 +101,3 @@ def test_nothing_that_schemathesis_sends_is_a_500(running, tmp_path):
     assert done.returncode == 0, done.stdout[-6000:]
     tested = re.search(r"(\d+) generated, (\d+) passed", done.stdout)
     assert tested and int(tested[1]) > 100, done.stdout[-6000:]
-
-
-def test_what_is_needed_is_there_when_asked_for():
-    if "security" in os.environ.get("RADICAL_EDGE_REQUIRE", "").split(","):
-        import openapi_spec_validator, prometheus_client, hypothesis    # noqa: E401, F401
-        assert Path(sys.executable).with_name("schemathesis").exists()
-        assert shutil.which("nginx") or os.path.exists("/usr/sbin/nginx")

@@ -10,9 +10,11 @@ import os
 
 import pytest
 
-hypothesis = pytest.importorskip("hypothesis", reason="needs the test extra: hypothesis")
-pytest.importorskip("h11", reason="needs the test extra: h11")
-pytest.importorskip("wsproto", reason="needs the test extra: wsproto")
+from test_edge import needs_module
+
+hypothesis = needs_module("hypothesis", "security")
+needs_module("h11")
+needs_module("wsproto")
 
 from hypothesis import HealthCheck, given, settings, strategies as st      # noqa: E402
 

@@ -23,7 +23,7 @@ import plugins
 import radical_edge
 from radical_edge import (BridgeClient, Conflict, Edge, EdgeError, Forbidden, NotFound,
                           encode_json)
-from test_edge import SCRIPT, start, wait_until  # noqa: F401
+from test_edge import SCRIPT, needs_module, start, wait_until  # noqa: F401
 
 PATIENCE = 120.0               # seconds; for a machine that does much else
 
@@ -355,7 +355,7 @@ def test_pickled_functions_are_refused_unless_the_edge_allows_them(session):
 
 
 def test_callables_are_pickled_where_the_edge_allows_it(task_edge, connect):
-    pytest.importorskip("cloudpickle", reason="needs cloudpickle")
+    needs_module("cloudpickle")
     task_edge(allow_pickle=True)
     session, offset = connect(), 40
     closure, other = run(session, {"function": lambda n: n + offset, "args": [2]},

@@ -19,12 +19,11 @@ import pytest
 
 import plugins
 from radical_edge import Conflict, Unprocessable
-from test_edge import Process, wait_until
+from test_edge import REQUIRED, Process, needs, wait_until
 from test_rhapsody import (PATIENCE, connect, modules, processes_with, refusal,  # noqa: F401
                            run, script)
 
 ROOT = Path(__file__).resolve().parent.parent
-REQUIRED = os.environ.get("RADICAL_EDGE_REQUIRE", "").split(",")
 PYTHONS = {"rhapsody": ROOT / ".venv-rhapsody/bin/python", "dragon": ROOT /
            ".venv-dragon/bin/python", "radical_pilot": ROOT / ".venv-pilot/bin/python"}
 MODULES = {"rhapsody": "rhapsody, distributed", "dragon": "rhapsody, dragon, flask",
@@ -38,10 +37,7 @@ def find_python(area):
             if os.path.exists(python) else None
         if done is not None and done.returncode == 0:
             return python
-    text = f"needs {MODULES[area]}: run tests/setup-rhapsody.sh python3 {area}"
-    if area in REQUIRED:
-        pytest.fail(text)
-    pytest.skip(text)
+    return needs(area, False, f"{MODULES[area]}: run tests/setup-rhapsody.sh python3 {area}")
 
 
 @pytest.fixture
@@ -270,12 +266,16 @@ def test_the_default_is_concurrent_where_rhapsody_py_is_installed(edge_with, con
 # The slow ones: a minute each
 # ---------------------------------------------------------------------------
 
+def needs_naming(area):
+    """Return a slow area; skip the test when RADICAL_EDGE_REQUIRE does not name it."""
+    needs(area, area in REQUIRED, f"RADICAL_EDGE_REQUIRE={area}: it is slow")
+    return area
+
+
 @pytest.fixture(params=["dragon", "radical_pilot"])
 def slow_backend(request):
     """The name of a backend that must be asked for."""
-    if request.param not in REQUIRED:
-        pytest.skip(f"slow: runs with RADICAL_EDGE_REQUIRE={request.param}")
-    return request.param
+    return needs_naming(request.param)
 
 
 OPTIONS = {"radical_pilot": {"cores": 2, "runtime": 10}, "dragon": {}}
@@ -309,9 +309,7 @@ def test_a_slow_backend_runs_tasks_cancels_them_and_leaves_nothing(
 
 
 def test_a_pilot_that_ends_fails_its_tasks_and_the_edge_lives(edge_with, connect):  # noqa: F811
-    if "radical_pilot" not in REQUIRED:
-        pytest.skip("slow: runs with RADICAL_EDGE_REQUIRE=radical_pilot")
-    edge = edge_with(find_python("radical_pilot"))
+    edge = edge_with(find_python(needs_naming("radical_pilot")))
     session = connect([{"name": "radical_pilot", "options": {"cores": 2, "runtime": 1}}])
     session.submit_tasks([{"executable": "sleep", "arguments": ["1000"], "uid": "a"}])
     [ended] = session.wait_tasks(["a"], 400)      # the pilot may run for a minute
@@ -322,9 +320,7 @@ def test_a_pilot_that_ends_fails_its_tasks_and_the_edge_lives(edge_with, connect
 
 def test_a_resource_that_there_is_not_fails_the_session_with_the_reason(
         edge_with, connect):  # noqa: F811
-    if "radical_pilot" not in REQUIRED:
-        pytest.skip("slow: runs with RADICAL_EDGE_REQUIRE=radical_pilot")
-    edge = edge_with(find_python("radical_pilot"))
+    edge = edge_with(find_python(needs_naming("radical_pilot")))
     error = refusal(connect, [{"name": "radical_pilot", "options": {"resource": "no.where"}}])
     assert error.status == 503 and "unknown" in error.detail
     assert edge.process.poll() is None

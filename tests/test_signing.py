@@ -18,7 +18,7 @@ import radical_edge
 from doubles import HostileBridge
 from radical_edge import (BridgeClient, Edge, EdgeError, Plugin, SignatureCheck, Signer, SigningKey,
                           Unauthorized, check_signature, post, put, read_signing_keys)
-from test_edge import run, wait_until
+from test_edge import needs_module, run, wait_until
 
 SECRET = bytes(range(32))
 KEY = SigningKey("alice", SECRET)
@@ -419,7 +419,7 @@ def test_any_order_of_parameters_and_any_label_is_read():
 
 
 def test_signatures_of_noise_are_refused_and_nothing_else():
-    hypothesis = pytest.importorskip("hypothesis", reason="needs the test extra: hypothesis")
+    hypothesis = needs_module("hypothesis", "security")
     st = hypothesis.strategies
 
     @hypothesis.settings(max_examples=500, deadline=None, database=None,

@@ -27,7 +27,8 @@ import plugins                                                            # noqa
 import radical_edge                                                       # noqa: E402
 from plugins import Verdict, conclude                                     # noqa: E402
 from radical_edge import BridgeClient, EdgeError, Unprocessable           # noqa: E402
-from test_edge import SCRIPT, ask, make_program, psij, wait_until         # noqa: E402, F401
+from test_edge import (SCRIPT, ask, make_program, needs_module, psij,     # noqa: E402, F401
+                       wait_until)
 
 WAIT_S = 90                    # patience for Slurm on a busy machine
 
@@ -468,7 +469,7 @@ STAND_INS = {"sbatch": "echo Submitted batch job 77", "scancel": "exit 0",
 @pytest.fixture
 def programs(psij, tmp_path, monkeypatch):
     """Stand-ins for Slurm's programs: programs(squeue="...") changes what one does."""
-    pytest.importorskip("psij", reason="needs psij-python")
+    needs_module("psij")
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")

@@ -31,7 +31,7 @@ from chaos import Proxy
 from plugins import FileExists, FileMissing, Files, PluginStaging, Roots, StagingClient
 from radical_edge import (BridgeClient, Conflict, Edge, EdgeError, Forbidden, InsufficientStorage,
                           StreamingResponse, Unprocessable, get)
-from test_edge import bridge_url, run, wait_until
+from test_edge import bridge_url, needs, run, wait_until
 
 LONG = bool(os.environ.get("RADICAL_EDGE_LONG"))          # the long forms: see the README
 MIB = 1 << 20
@@ -759,8 +759,7 @@ def test_links_within_the_roots_are_followed(scene):
 def test_a_directory_that_is_swapped_for_a_link_meanwhile_lets_nothing_out(files):
     """Two names change places all the time: a directory, and a link to one outside."""
     exchange = getattr(ctypes.CDLL(None), "renameat2", None)
-    if exchange is None:
-        pytest.skip("needs renameat2, to exchange two names at once")
+    needs("system", exchange, "renameat2, to exchange two names at once")
     swapped, spare = files.root / "swapped", files.root / "spare"
     swapped.mkdir()
     (swapped / "secret").write_text("inner")
@@ -832,8 +831,8 @@ def test_a_hard_link_at_the_place_of_a_partial_file_is_not_written_to(files):
     assert victim.read_text() == "secret"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a link of another user")
 def test_a_link_that_another_user_left_where_everybody_may_write_is_not_followed(files):
+    needs("root", os.geteuid() == 0, "root, to make a link of another user")
     shared = files.root / "shared"
     shared.mkdir()
     shared.chmod(0o1777)
@@ -947,9 +946,9 @@ def small_disk(files):
     """A directory under the root with room for a megabyte."""
     path = files.root / "small"
     path.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", path],
-                                           stderr=subprocess.DEVNULL).returncode:
-        pytest.skip("needs root, to mount a small file system")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", path],
+                             stderr=subprocess.DEVNULL).returncode == 0
+    needs("root", mounted, "root, to mount a small file system")
     yield path
     subprocess.run(["umount", path], check=True)
 

@@ -24,8 +24,8 @@ import plugins                                                            # noqa
 import radical_edge                                                       # noqa: E402
 from radical_edge import (EdgeError, PortFile, TokenStore, Unprocessable, Uplink,  # noqa: E402
                           encode_port_file, make_child_token, parse_port_file)
-from sshd import Sshd, find_sshd, make_ssh, needs                         # noqa: E402
-from test_edge import (SCRIPT, certificate, home, psij, start,            # noqa: E402,F401
+from sshd import Sshd, find_sshd, make_ssh                                # noqa: E402
+from test_edge import (SCRIPT, certificate, home, needs, psij, start,     # noqa: E402,F401
                        wait_until)
 
 TLS_URL = "https://bridge.example.org:8000"

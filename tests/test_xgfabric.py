@@ -23,7 +23,7 @@ from plugins import (SensorRecord, WorkflowConfig, classify_edges, config_to_dic
                      parse_sensor_record, parse_seq_no)
 from radical_edge import (BadRequest, BridgeClient, Conflict, Edge, EdgeError, NotFound,
                           Unprocessable)
-from test_edge import SCRIPT, wait_until
+from test_edge import SCRIPT, needs_module, wait_until
 
 STEPS = plugins.WorkflowRun.STEPS
 NEEDED = ["rhapsody", "staging", "sysinfo"]
@@ -469,7 +469,7 @@ def sites(request, bridge, tokens, tmp_path):
     cluster = None
     if getattr(request, "param", "local") == "slurm":
         cluster = request.getfixturevalue("slurm")
-        pytest.importorskip("psij", reason="needs psij-python")
+        needs_module("psij")
     made = Sites(bridge, tokens, tmp_path, cluster)
     made.start("works", "sysinfo,staging,rhapsody")
     (tmp_path / "site").mkdir()
