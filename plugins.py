@@ -1,18 +1,13 @@
 """The plugins that come with Radical Edge; radical_edge.py loads this file from beside it.
 
     1. sysinfo     the machine: CPU, memory, disks, network, GPUs
-    1. sysinfo    the machine: CPU, memory, disks, network, GPUs
     2. queue_info  the batch system: queues, jobs, allocations, of Slurm or PBS
     3. tunnels     edges that an edge starts, where only it can reach the bridge
-    3. tunnels    edges that an edge starts, where only it can reach the bridge
     4. psij        jobs: a local executor of our own, and the batch systems through psij-python
-    4. psij       jobs: a local executor of our own, and the batch systems through psij-python
-    5. staging    files: there and back, over every break, and never out of the allowed roots
+    5. staging     files: there and back, over every break, and never out of the allowed roots
     6. rhapsody    tasks: a local backend of our own, and the backends of rhapsody-py
-    6. rhapsody   tasks: a local backend of our own, and the backends of rhapsody-py
     7. lucid       pilots and tasks through RADICAL-Pilot, which runs in a child process
-    7. lucid      pilots and tasks through RADICAL-Pilot, which runs in a child process
-    8. xgfabric   a workflow over several edges
+    8. xgfabric    a workflow over several edges
 
 Optional packages are imported where they are needed, and a plugin that lacks one says so.
 """
@@ -10039,7 +10034,6 @@ class RhapsodySession(PluginSession):
         finally:
             for uid in submission.uids:
                 self.table.reserved.discard(uid)
-
 
 
 def _list_functions(tasks: List[Dict[str, Any]]) -> List[str]:
