@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
 import base64
 import bisect
 import codecs
@@ -180,7 +181,8 @@ OLD_LINK_DEAD_S = 600.0        # silence that ends one to an edge of version 1, 
 ONCE_S = 24 * 3600.0           # an answer is kept so long for a retry with its Idempotency-Key
 GRACE_S = 10.0                 # requests wait so long for an edge that has lost its link
 BACKOFF_S = (0.25, 30.0)       # first and longest pause between an edge's attempts to connect
-STOP_S = 2.5                   # a clean end; what still runs then is left behind
+STOP_S = 2.0                   # a clean end; what still runs then is left behind
+EXIT_S = 0.4                   # then, what others have registered with atexit
 TOPOLOGY_S = 0.05              # changes within so long are told in one message
 ANSWER_LOG_S = 0.005           # a line for an answer is written so late, and delays no request
 SWEEP_S = 0.25                 # deadlines are looked at so often
@@ -9840,6 +9842,8 @@ class BridgeClient:
                 self._listener = threading.Thread(target=self._listen, args=(self._stream,),
                                                   name="client-events", daemon=True)
                 self._listener.start()
+                # a thread that dials by TLS while Python ends crashes: see _end_process()
+                atexit.register(self.close)
             if threading.current_thread() is self._listener:
                 return                            # a callback that registers another
         if not self._listening.wait(timeout):
@@ -9850,6 +9854,7 @@ class BridgeClient:
 
     def close(self) -> None:
         """Stop listening and close the connections."""
+        atexit.unregister(self.close)
         with self._lock:
             stream, listener = self._stream, self._listener
         if stream is not None:
@@ -10097,10 +10102,21 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run the command line; return the exit status: 0, 1 when it failed, 2 for wrong usage."""
+    """Run the command line; return the exit status: 0, 1 when it failed, 2 for wrong usage.
+
+    Ends the process itself, with that status, when threads are left; see _end_process().
+    """
+    status = _run_safely(make_parser().parse_args(argv))
+    if threading.active_count() > 1:
+        _end_process(status)
+    return status
+
+
+def _run_safely(options: argparse.Namespace) -> int:
+    """Run a command; return the exit status. What was expected to fail is one line of text."""
     try:
         try:
-            return _run(make_parser().parse_args(argv))
+            return _run(options)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:                       # the reader (`| head`) has seen enough
@@ -10213,10 +10229,10 @@ def _serve(options: argparse.Namespace) -> int:
 
         done.wait(on_hangup)
     finally:
-        clean = all([service.stop() for service in services])
+        for service in services:
+            service.stop()
         if detached is not None:
             detached.on_end()
-    _exit_at_once_if(not clean)
     return 0
 
 
@@ -10298,13 +10314,20 @@ class _Detached:
                 os.unlink(self._pid_file)
 
 
-def _exit_at_once_if(stuck: bool) -> None:
-    """End a process in which a thread is stuck, which Python would wait for."""
-    if stuck or any(not thread.daemon and thread is not threading.main_thread()
-                    for thread in threading.enumerate()):
-        logging.shutdown()
-        sys.stdout.flush()
-        os._exit(0)
+def _end_process(status: int) -> None:
+    """End a process that has threads left, after what others want to do at its end.
+
+    A thread may be stuck in a plugin, and Python would wait for it; or be in the midst of a call
+    into C, as one that reads the system's CA certificates to dial. exit() frees what OpenSSL
+    works on under such a thread: a segmentation fault. So it is not called.
+    """
+    last = threading.Thread(target=atexit._run_exitfuncs, daemon=True)   # logging's is one of them
+    last.start()
+    last.join(EXIT_S)                             # plugins register some, which may wait for ever
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):           # nobody reads it, or it is closed
+            stream.flush()
+    os._exit(status)
 
 
 def _settle_memory() -> None:

@@ -43,6 +43,18 @@ def shown_certificate(port):
             return hashlib.sha256(secure.getpeercert(binary_form=True)).hexdigest()
 
 
+def test_a_signal_at_any_moment_ends_an_edge_that_is_dialling_with_status_0(tmp_path, start):
+    cert = Path(make_certificate(tmp_path)[0])
+    many = tmp_path / "many.pem"                  # takes most of a second to read, at each dialling
+    many.write_text(cert.read_text() * 1500)
+    urls = ",".join(f"https://127.0.0.{number}:9" for number in range(1, 9))
+    for moment in (0, 0.02, 0.05, 0.1, 0.2, 0.4):
+        edge = start("--edge", "--name", "laptop", "--url", urls, "-p", "sysinfo", expect="edge: laptop",
+                     env={"SSL_CERT_FILE": str(many)})
+        time.sleep(moment)                        # nothing to wait for: any moment must do
+        assert edge.end()[0] == 0
+
+
 def test_a_new_certificate_is_used_without_a_restart_and_a_wrong_one_is_not(tmp_path, start, home):
     cert, key = make_certificate(tmp_path)
     bridge = start("--bridge", "--port", "0", "--cert", cert, "--key", key, expect="bridge: certificate")
