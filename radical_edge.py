@@ -60,6 +60,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -171,6 +172,8 @@ HEAD_S = 10.0                  # a request's head, from its first byte to its la
 FIRST_HEAD_S = 1.0             # a new connection's thread waits so long; then the loop does
 BODY_IDLE_S = 30.0             # a request body must grow by MIN_PROGRESS within so long
 MIN_PROGRESS = 1024            # bytes; fewer would let a client hold a connection with a drip
+MIN_BODY_RATE = 500            # bytes a second of a request body, averaged over BODY_RATE_S
+BODY_RATE_S = 120.0            # long enough for the pauses of a bad line
 LINGER_S = 1.0                 # a closing connection reads on, or its answer may be lost
 KEEP_ALIVE_S = 120.0           # an idle client connection
 REQUEST_S = 600.0              # a proxied request; see --request-timeout, X-Request-Timeout
@@ -217,6 +220,7 @@ LIMITS: Dict[str, Tuple[str, str]] = {
     "pending": ("MAX_PENDING", "requests that wait for one edge (503)"),
     "head-time": ("HEAD_S", "seconds for a request's head (408)"),
     "body-time": ("BODY_IDLE_S", "seconds for each KiB of a body (408)"),
+    "body-rate": ("MIN_BODY_RATE", "bytes a second of a body, on average, at least (408)"),
     "handshake-time": ("HANDSHAKE_S", "seconds for TCP, TLS, upgrade, registration, each"),
     "login": ("LOGIN_FAILURES", "wrong tokens an address has in a minute (429)"),
 }
@@ -965,6 +969,52 @@ def parse_query(query: str) -> Dict[str, str]:
                                            max_num_fields=MAX_FIELDS))
     except ValueError:
         raise BadRequest(f"the query is not UTF-8 or has more than {MAX_FIELDS} values") from None
+
+
+class BodyClock:
+    """By when more of a request's body must have come: `deadline`, on the caller's clock.
+
+    MIN_PROGRESS in each BODY_IDLE_S, and MIN_BODY_RATE in each BODY_RATE_S. It stands still while
+    it is we who do not read: a client is only held to what it can do.
+    """
+
+    __slots__ = ("_idle_end", "_rate_end", "_progress", "_received", "_paused")
+
+    def __init__(self, now: float) -> None:
+        self._idle_end, self._rate_end = now + BODY_IDLE_S, now + BODY_RATE_S
+        self._progress = self._received = 0       # bytes since either was put off
+        self._paused: Optional[float] = None
+
+    @property
+    def deadline(self) -> float:
+        """When it is too late; never while paused."""
+        return min(self._idle_end, self._rate_end) if self._paused is None else math.inf
+
+    @property
+    def limit(self) -> str:
+        """Which of LIMITS that is."""
+        return "body-time" if self._idle_end <= self._rate_end else "body-rate"
+
+    def on_data(self, size: int, now: float) -> None:
+        """Count what came."""
+        self._progress += size
+        self._received += size
+        if self._progress >= MIN_PROGRESS:
+            self._idle_end, self._progress = now + BODY_IDLE_S, 0
+        if self._received >= MIN_BODY_RATE * BODY_RATE_S:
+            self._rate_end, self._received = now + BODY_RATE_S, 0
+
+    def pause(self, now: float) -> None:
+        """Stand still: nothing is read from now on."""
+        if self._paused is None:
+            self._paused = now
+
+    def resume(self, now: float) -> None:
+        """Go on."""
+        if self._paused is not None:
+            self._idle_end += now - self._paused
+            self._rate_end += now - self._paused
+            self._paused = None
 
 
 # ---------------------------------------------------------------------------
@@ -7113,7 +7163,8 @@ class HttpConnection:
         self._taken: Optional[Callable[[bytes], None]] = None    # by a link or a subscriber
         self._taker_lost: Callable[[str], None] = lambda reason: None            # likewise
         self.deadline = self._loop.time() + HEAD_S
-        self._sent = self._progress = 0           # bytes of answers and of a body, at that time
+        self._sent = 0                            # bytes of answers, at that time
+        self._clock: Optional[BodyClock] = None   # of the body being read
 
     def adopt(self, sock: socket.socket) -> None:
         """Serve the socket, whose first bytes the parser has."""
@@ -7132,12 +7183,14 @@ class HttpConnection:
         """Leave the rest of the request's body where it is, for now."""
         if not self._paused:
             self._paused, self.deadline = True, float("inf")
+            self._clock.pause(self._loop.time())
             self.channel.pause_reading()
 
     def resume_reading(self) -> None:
         """Go on with the request's body."""
         if self._paused:
-            self._paused, self.deadline = False, self._loop.time() + BODY_IDLE_S
+            self._clock.resume(self._loop.time())
+            self._paused, self.deadline = False, self._clock.deadline
             self.channel.resume_reading()
             if not self._advancing:
                 self._advance()
@@ -7237,8 +7290,9 @@ class HttpConnection:
         elif begun or exchange is None and (unsent or not self._parser.buffered):
             self.channel.close("idle")
         else:
-            self._fail(RequestTimeout("the request was not complete in time: send it again",
-                                      limit="head-time" if exchange is None else "body-time"))
+            limit = "head-time" if exchange is None else self._clock.limit
+            self._fail(RequestTimeout("the request did not come fast enough: send it again",
+                                      limit=limit))
 
     # -- the request
 
@@ -7284,7 +7338,8 @@ class HttpConnection:
     def _on_head(self, head: RequestHead) -> None:
         self._exchange = exchange = self._gateway.open_exchange(self, head)
         if head.length != 0:
-            self.deadline, self._progress = self._loop.time() + BODY_IDLE_S, 0
+            self._clock = BodyClock(self._loop.time())
+            self.deadline = self._clock.deadline
         is_long = head.length is None or head.length > MAX_WHOLE
         if exchange.error is None and is_long and exchange.route is None:
             self._gateway.open_upload(exchange)
@@ -7297,19 +7352,16 @@ class HttpConnection:
             self.channel.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _on_body(self, piece: bytes) -> None:
+        self._clock.on_data(len(piece), self._loop.time())
+        self.deadline = self._clock.deadline
         upload = self._exchange.upload
         if upload is not None:
-            self._progress += len(piece)
-            if self._progress >= MIN_PROGRESS:
-                self.deadline, self._progress = self._loop.time() + BODY_IDLE_S, 0
             upload.feed(piece)
             return
         self._body += piece
         error = self._check_length(len(self._body))
         if error is not None:
             raise error
-        if len(self._body) - self._progress >= MIN_PROGRESS:
-            self.deadline, self._progress = self._loop.time() + BODY_IDLE_S, len(self._body)
 
     def _on_end(self) -> None:
         exchange = self._exchange
@@ -7332,11 +7384,12 @@ class HttpConnection:
         exchange = self._exchange
         if exchange is None:
             exchange = self._gateway.open_broken_exchange(self)
-        elif exchange.link is not None:
-            exchange.link.cancel(exchange)
+        else:
+            self._gateway.on_client_gone(exchange)
         exchange.head.keep_alive = False
         self._answering = True
         exchange.fail(error)
+        exchange.cancelled = True                 # whatever its handler may still answer
 
     def _on_lost(self, reason: str) -> None:
         if self._exchange is not None:

@@ -205,7 +205,7 @@ class Raw:
 
     def __init__(self, bridge, token=None, sock=None):
         self.port = bridge._listener.server_address[1] if bridge else sock.getpeername()[1]
-        self.sock = sock or socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        self.sock = sock or socket.create_connection(("127.0.0.1", self.port), timeout=60)
         self.token = token
         self._buffer = b""
 

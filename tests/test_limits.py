@@ -4,6 +4,7 @@
 """
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -244,6 +245,105 @@ def test_a_body_has_its_time(edge, raw, monkeypatch):
     reply = client.reply()
     monkeypatch.undo()
     refused(raw(), reply, 408, "body-time")
+
+
+def send_upload_head(client, path, length):
+    client.send(f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\n"
+                f"Authorization: Bearer {client.token}\r\n\r\n".encode())
+
+
+@pytest.mark.parametrize("length", [60_000, 10 ** 6])    # taken whole, passed on in pieces
+def test_a_body_that_drips_without_end_is_given_up(edge, raw, monkeypatch, length):
+    monkeypatch.setattr(radical_edge, "MIN_BODY_RATE", 1_000_000)
+    monkeypatch.setattr(radical_edge, "BODY_RATE_S", 1.0)
+    client, other = raw(), raw()
+    send_upload_head(client, "/e1/echo/echo", length)
+    client.sock.settimeout(0.1)
+    for _ in range(300):                          # MIN_PROGRESS ten times a second: never idle
+        client.send(bytes(radical_edge.MIN_PROGRESS))
+        with contextlib.suppress(socket.timeout):
+            refused(other, client.reply(), 408, "body-rate")
+            break
+    else:
+        pytest.fail("the drip was taken for a body")
+    wait_until(lambda: metrics(other)["radical_edge_requests_pending"] == 0)
+
+
+class Slow(radical_edge.Plugin):
+    """Reads nothing of a body until it is told to."""
+
+    plugin_name = "slow"
+
+    async def start(self):
+        self.loop, self.read = asyncio.get_running_loop(), asyncio.Event()
+        self.begun, self.gone = threading.Event(), threading.Event()
+
+    @radical_edge.post("take")
+    async def take(self, request):
+        try:
+            self.begun.set()
+            await self.read.wait()
+            return {"size": sum([len(piece) async for piece in request.stream()])}
+        except asyncio.CancelledError:
+            self.gone.set()
+            raise
+
+    def read_on(self):
+        self.loop.call_soon_threadsafe(self.read.set)
+
+
+@only_wire2
+@pytest.mark.parametrize("at", ["e1", "bridge"])
+def test_the_time_in_which_we_do_not_read_is_not_held_against_a_body(bridge, edge, raw, monkeypatch,
+                                                                    at):
+    for name in ("BODY_IDLE_S", "BODY_RATE_S"):
+        monkeypatch.setattr(radical_edge, name, 1.0)
+    made = (edge.host if at == "e1" else bridge._host).add(Slow)
+    client = raw()
+    wait_until(lambda: client.request("GET", f"/{at}/slow/version")[0] == 200)
+    send_upload_head(client, f"/{at}/slow/take", 20_000_000)
+    sender = threading.Thread(target=client.send, args=(bytes(20_000_000),))
+    sender.start()
+    wait_until(lambda: any(connection._paused for connection in bridge.connections))
+    time.sleep(3 * radical_edge.SWEEP_S + 2.0)    # both deadlines would be over
+    made.read_on()
+    reply = client.reply()
+    sender.join()
+    assert (reply[0], json.loads(reply[2])) == (200, {"size": 20_000_000})
+
+
+@only_wire2
+@pytest.mark.parametrize("at", ["e1", "bridge"])
+def test_a_handler_is_cancelled_when_the_body_it_waits_for_is_given_up(bridge, edge, raw, monkeypatch,
+                                                                      at):
+    monkeypatch.setattr(radical_edge, "BODY_IDLE_S", 1.0)
+    made = (edge.host if at == "e1" else bridge._host).add(Slow)
+    client = raw()
+    wait_until(lambda: client.request("GET", f"/{at}/slow/version")[0] == 200)
+    send_upload_head(client, f"/{at}/slow/take", 10 ** 6)
+    assert made.begun.wait(30)
+    made.read_on()
+    refused(raw(), client.reply(), 408, "body-time")
+    assert made.gone.wait(30)
+
+
+def test_a_clock_of_a_body_goes_by_progress_and_rate_and_stands_still_while_paused():
+    clock = radical_edge.BodyClock(1000.0)
+    assert (clock.deadline, clock.limit) == (1030.0, "body-time")
+    clock.on_data(1023, 1029.0)
+    assert clock.deadline == 1030.0
+    clock.on_data(1, 1029.0)
+    assert clock.deadline == 1059.0
+    clock.pause(1039.0)
+    clock.pause(1040.0)
+    assert clock.deadline == float("inf")
+    clock.resume(1139.0)
+    assert clock.deadline == 1159.0
+    for now in range(1150, 1220, 10):             # 100 bytes a second: never idle, and too slow
+        clock.on_data(1024, float(now))
+    assert (clock.deadline, clock.limit) == (1220.0, "body-rate")    # 120 s and what was paused
+    clock.on_data(60_000, 1219.0)
+    assert (clock.deadline, clock.limit) == (1249.0, "body-time")
 
 
 def test_a_handshake_has_its_time_in_all_however_it_drips(tokens, certificate,   # noqa: F811
