@@ -7209,6 +7209,7 @@ class PluginStaging(Plugin):
     plugin_name = "staging"
     session_class = StagingSession
     client_class = StagingClient
+    uses_roots = True
     version = "0.0.1"
     ui_config = {"icon": "📁", "title": "File Staging",
                  "description": "Transfer files between this machine and the edge's."}

@@ -4329,6 +4329,7 @@ class Policy:
             self._check_field(name, item, _line_of(text, name))
         self._lists: Dict[str, List[str]] = {name: value[name] for name in self.LISTS
                                              if name in value}
+        self.checks_callers = self.restricts("scopes") or self.restricts("users")
         self._options: Dict[str, Any] = value.get("options", {})
         self._programs = [pattern for item in self._lists.get("executables", ())
                           for pattern in _program_patterns(item)]
@@ -4359,12 +4360,16 @@ class Policy:
         """Whether the policy has a list of this kind, such as "executables"."""
         return kind in self._lists
 
+    def allows(self, kind: str, value: Optional[str]) -> bool:
+        """Whether `value` is in the list of this kind, or there is no such list."""
+        patterns = self._lists.get(kind)
+        return patterns is None or any(fnmatch.fnmatchcase(value or "", pattern)
+                                       for pattern in patterns)
+
     def check(self, kind: str, value: Optional[str]) -> None:
         """Raise Forbidden unless `value` is allowed: of "plugins", "executors", "scopes", "users".
         """
-        patterns = self._lists.get(kind)
-        if patterns is not None and not any(fnmatch.fnmatchcase(value or "", pattern)
-                                            for pattern in patterns):
+        if not self.allows(kind, value):
             raise Forbidden(f"{kind[:-1]}: the policy of this edge does not allow {value!r}")
 
     def check_program(self, program: str, environment: Iterable[str] = ()) -> str:
@@ -4541,6 +4546,7 @@ class Plugin:
     session_ttl: int = 3600
     ui_config: Any = None
     ui_module: Optional[str] = None
+    uses_roots = False                            # of app.state.options: begins anew with others
     why_disabled: str = "it is not for this machine"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -5435,8 +5441,7 @@ class PluginHost:
                  signatures: Optional[SignatureCheck] = None, uplink: Optional[Uplink] = None,
                  options: Optional[Dict[str, Any]] = None,
                  policy: Optional[Policy] = None) -> None:
-        self._policy = policy or Policy()
-        self._checks_callers = self._policy.restricts("scopes") or self._policy.restricts("users")
+        self._policy = policy or Policy()         # replaced as a whole
         self.name, self._once, self._audit, self._signatures = name, once, audit, signatures
         self._notify, self._changed = notify, changed
         self._state_dir = state_dir
@@ -5459,14 +5464,11 @@ class PluginHost:
             factory = Plugin.get_plugin_class(name)
             try:
                 instances = factory.instance_names()
-            except Exception as error:            # one plugin must not cost the others
+            except Exception as error:
                 instances = []
                 self._leave(name, error)
             for instance in instances:
-                try:
-                    self.add(factory, instance if instance != name else None)
-                except Exception as error:
-                    self._leave(instance, error)
+                self._add_or_leave(factory, instance)
             tried += instances or [name]
         return tried
 
@@ -5504,6 +5506,26 @@ class PluginHost:
             self._hosted = {key: value for key, value in self._hosted.items() if key != name}
         self._changed()
         hosted.stop()
+
+    def set_policy(self, policy: Policy, options: Dict[str, Any], wanted: Iterable[str]) -> None:
+        """Go by another policy and other options from now on. Blocks.
+
+        Plugins that it does not allow are removed, those of `wanted` that it allows again are
+        loaded; those to which it says something else than before begin anew, with their sessions.
+        """
+        state, before = self.app.state, self._policy
+        moved = options.get("staging_roots") != state.options.get("staging_roots")
+        self._policy = state.policy = policy
+        state.options = dict(options)
+        for name, hosted in list(self._hosted.items()):
+            factory = type(hosted.plugin)
+            kind = factory.plugin_name or name
+            if not policy.allows("plugins", kind) or moved and factory.uses_roots \
+                    or policy.options(kind) != before.options(kind):
+                self.remove(name)
+                self._add_or_leave(factory, name)                # without leave, it says why
+        self.load(name for name in wanted if policy.allows("plugins", name)
+                  and not before.allows("plugins", name))
 
     def stop(self) -> bool:
         """Stop all plugins at once; False when one of them is stuck."""
@@ -5624,14 +5646,21 @@ class PluginHost:
                           user=incoming.headers.get("x-forwarded-user"),
                           scope=incoming.headers.get("x-forwarded-scope", ""), app=self.app,
                           reader=call_.reader)
-        if self._checks_callers:
-            self._policy.check("scopes", request.scope)
-            self._policy.check("users", request.user)
+        policy = self._policy
+        if policy.checks_callers:
+            policy.check("scopes", request.scope)
+            policy.check("users", request.user)
         request.path_params = params
         if call_.notes is not None:
             request.notes = call_.notes
             request.notes.update(params, route=f"{segments[0]}/{route.pattern}")
         return hosted, route, request
+
+    def _add_or_leave(self, factory: Any, name: str) -> None:
+        try:
+            self.add(factory, name if name != factory.plugin_name else None)
+        except Exception as error:                # one plugin must not cost the others
+            self._leave(name, error)
 
     def _explain_missing(self, name: str) -> str:
         if name in self.disabled:
@@ -6671,6 +6700,7 @@ class Edge:
     tunnel, via: how to reach the bridge where that takes a login node; see Tunnel.
     options: for plugins, as app.state.options. client_key: a file of keys; then only requests that
     are signed with one may change something. policy: what this edge allows; see Policy.
+    find_policy: returns the one that reload() goes by, None for no other; it may raise ValueError.
     on_end: called, on any thread, when the bridge tells the edge to end; then call stop().
     """
 
@@ -6680,6 +6710,7 @@ class Edge:
                  heartbeat: float = HEARTBEAT_S, tunnel: str = "none", via: Optional[str] = None,
                  options: Optional[Dict[str, Any]] = None, client_key: Optional[str] = None,
                  policy: Optional[Policy] = None,
+                 find_policy: Callable[[], Optional[Policy]] = lambda: None,
                  on_end: Optional[Callable[[], None]] = None) -> None:
         self.name = name or default_edge_name()
         if not is_valid_name(self.name) or self.name in RESERVED_NAMES:
@@ -6698,6 +6729,7 @@ class Edge:
             self._tunnel.check([target.url for target in known])
         self.heartbeat = heartbeat
         self._wanted = list(plugins) if plugins is not None else None
+        self._options, self._find_policy = options or {}, find_policy
         self._state_dir = Path(state_dir or home_dir() / "state" / self.name)
         self.workers = Workers("edge")            # for dialling
         self._transport = LoopThread("edge-transport")
@@ -6716,7 +6748,7 @@ class Edge:
         self.host = PluginHost(self.name, ROLE_EDGE, self._state_dir, bridge_url=str(known[0].url),
                                notify=self._notify, changed=self._on_plugins_changed,
                                once=self._once, audit=self.audit, signatures=self.signatures,
-                               uplink=self.uplink, options=_narrow(options or {}, policy),
+                               uplink=self.uplink, options=_narrow(self._options, policy),
                                policy=policy)
 
     @property
@@ -6763,12 +6795,15 @@ class Edge:
         return self._transport.stop() and clean
 
     def reload(self) -> None:
-        """Read the clients' keys again. Blocks; what is wrong is logged, and changes nothing."""
-        try:
-            if self.signatures is not None:
-                self.signatures.reload()
-        except EdgeError as error:
-            edge_log.error("not reloaded: %s", error.detail)
+        """Read the clients' keys and the policy again. Blocks.
+
+        What is wrong is logged, and changes nothing.
+        """
+        for read in (self._reload_keys, self._reload_policy):
+            try:
+                read()
+            except (EdgeError, ValueError) as error:
+                edge_log.error("not reloaded: %s", getattr(error, "detail", error))
 
     def request_stop(self) -> None:
         """Ask the edge to end; whoever waits for `ended` then calls stop(). Any thread."""
@@ -6828,6 +6863,18 @@ class Edge:
         for task in self._tasks:
             task.cancel()
         await asyncio.wait(self._tasks)
+
+    def _reload_keys(self) -> None:
+        if self.signatures is not None:
+            self.signatures.reload()
+            edge_log.info("the clients' keys were read again")
+
+    def _reload_policy(self) -> None:
+        policy = self._find_policy()
+        if policy is not None:
+            self.host.set_policy(policy, _narrow(self._options, policy),
+                                 select_plugins(self._wanted))
+            edge_log.info("the policy was read again")
 
     def _read_instance(self) -> str:
         """Return this state directory's id: who comes back with it may take over its own link."""
@@ -10461,6 +10508,7 @@ def _start_edge(options: argparse.Namespace, token: Optional[str], services: Lis
                 state_dir=_state_dir(options, name), tunnel=options.tunnel,
                 via=options.tunnel_via, options=_plugin_options(options),
                 client_key=os.environ.get("RADICAL_CLIENT_KEY"), policy=_find_policy(options),
+                find_policy=lambda: _find_policy(options),
                 on_end=None if services else done.set)
     edge.start()
     print(f"edge: {edge.name}, with {', '.join(sorted(edge.host.describe())) or 'no plugins'}",

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 
 import pytest
 
@@ -200,6 +201,53 @@ def test_tasks_are_checked_too(tmp_path):
                   "task_backend_specific_kwargs": {"env": {"PATH": "/tmp"}}}):
         with pytest.raises(Forbidden):
             plugins.check_tasks([task], rules)
+
+
+def test_sighup_reads_the_policy_again_and_a_bad_one_changes_nothing(start, home, tmp_path):
+    path, data = tmp_path / "policy.json", tmp_path / "data"
+    data.mkdir()
+    (data / "in").write_text("within")
+    (tmp_path / "out").write_text("outside")
+    path.write_text("{}")
+    both = start("--bridge", "--edge", "--name", "e1", "--port", "0", "-p", "psij,staging,sysinfo",
+                 "--policy", str(path), expect="registered as e1")
+
+    def read_again(text, expected):
+        before = sum(expected in line for line in both.errors)
+        if text is None:
+            path.unlink()
+        else:
+            path.write_text(text)
+        both.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: sum(expected in line for line in both.errors) > before)
+
+    def get(name, status=0):
+        return run("--call", f"e1/staging/stat?path={tmp_path}/{name}", status=status)
+
+    def submit_true(status):
+        return run("--call", "e1/psij/submit/{sid}", '{"job_spec": {"executable": "/bin/true"}}',
+                   status=status)
+
+    sid = radical_edge.call("e1", "staging", "register_session", {})["sid"]
+    get("out")
+    submit_true(0)
+    read_again(json.dumps({"plugins": ["staging", "psij"], "roots": [str(data)],
+                           "executables": ["/none"]}), "the policy was read again")
+    wait_until(lambda: "e1: psij, staging\n" in run("--list"))
+    assert "policy" in run("--call", "e1/sysinfo/homedir", status=1)
+    for text, expected in (("{,", "policy.json, line 1"), ('{"plugin": []}', "there is no such field"),
+                           (None, "cannot be read")):
+        read_again(text, f"not reloaded: --policy {path}" if text is None else expected)
+        get("data/in")                            # what was read before counts
+        assert "is outside of" in get("out", status=1)
+        assert "policy" in submit_true(1)
+        assert run("--list") == "e1: psij, staging\n"
+    assert radical_edge.call("e1", "staging", f"list/{sid}", {"path": str(data)})["entries"]
+    read_again("{}", "the policy was read again")
+    wait_until(lambda: "sysinfo" in run("--list"))
+    get("out")
+    submit_true(0)
+    assert both.end()[0] == 0
 
 
 def test_edges_that_an_edge_starts_have_its_rules(monkeypatch):
