@@ -80,13 +80,14 @@ from radical_edge import (RELAY_NONCE, RESERVED_NAMES, SSH_OPTIONS, TUNNEL_MODES
                           tunnels_dir, write_private)
 
 __all__ = ["ClusterStatus", "FileExists", "FileMissing", "LocalExecutor", "LucidClient",
-           "LucidSession", "PSIJClient", "PSIJSession", "PilotChild", "PluginLucid", "PluginPSIJ",
-           "PluginQueueInfo", "PluginRhapsody", "PluginStaging", "PluginSysInfo", "PluginXGFabric",
-           "QueueInfo", "QueueInfoClient", "QueueInfoPBS", "QueueInfoSession", "QueueInfoSlurm",
-           "Relay", "ResourceConfig", "ReverseSSH", "RhapsodyClient", "RhapsodySession",
-           "StagingClient", "StagingSession", "SysInfoClient", "SysInfoProvider", "SysInfoSession",
-           "Tunnels", "WorkflowConfig", "WorkflowState", "XGFabricClient", "XGFabricSession",
-           "config_to_dict", "decode_return", "dict_to_config", "dict_to_resource_config"]
+           "LucidSession", "OldEdge", "PSIJClient", "PSIJSession", "PilotChild", "PluginLucid",
+           "PluginPSIJ", "PluginQueueInfo", "PluginRhapsody", "PluginStaging", "PluginSysInfo",
+           "PluginXGFabric", "QueueInfo", "QueueInfoClient", "QueueInfoPBS", "QueueInfoSession",
+           "QueueInfoSlurm", "Relay", "ResourceConfig", "ReverseSSH", "RhapsodyClient",
+           "RhapsodySession", "StagingClient", "StagingSession", "SysInfoClient", "SysInfoProvider",
+           "SysInfoSession", "Tunnels", "WorkflowConfig", "WorkflowState", "XGFabricClient",
+           "XGFabricSession", "config_to_dict", "decode_return", "dict_to_config",
+           "dict_to_resource_config"]
 
 # ---------------------------------------------------------------------------
 # 1. sysinfo: what the machine is and how busy it is. Parsers turn text into values; the provider
@@ -2252,6 +2253,11 @@ class QueueInfoSession(PluginSession):
         return await self._backend.workers.call(function, *args)
 
 
+def is_of_old_edge(error: EdgeError) -> bool:
+    """Whether an edge of radical.edge 0.2 says that it lacks a route, which ours have."""
+    return error.status == 404 and error.detail.startswith("No route: ")
+
+
 class QueueInfoClient(PluginClient):
     """A program's access to an edge's batch system. Units and shapes: see QueueInfo."""
 
@@ -2283,7 +2289,12 @@ class QueueInfoClient(PluginClient):
 
     def is_enabled(self) -> bool:
         """Whether the edge's machine has a batch system that works. Needs no session."""
-        return self._get("is_enabled")["available"]
+        try:
+            return self._get("is_enabled")["available"]
+        except NotFound as error:
+            if not is_of_old_edge(error):
+                raise
+            return self.backend() != "none"
 
     def backend(self) -> str:
         """Return "slurm", "pbs" or "none". Needs no session."""
@@ -2292,6 +2303,10 @@ class QueueInfoClient(PluginClient):
     def job_allocation(self) -> Optional[Dict[str, Any]]:
         """Return the allocation within which the edge runs, None outside of one. No session."""
         return self._get("job_allocation")["allocation"]
+
+    def nodelist(self) -> List[str]:
+        """Return the names of that allocation's nodes, [] outside of one. Needs no session."""
+        return self._get("nodelist")["nodelist"]
 
 
 def _flag(value: bool) -> Optional[str]:
@@ -2324,7 +2339,7 @@ class PluginQueueInfo(Plugin):
         for route, handler in (
                 ("is_enabled", self.is_enabled_endpoint), ("backend", self.backend_endpoint),
                 ("job_allocation", self.job_allocation_endpoint),
-                ("allocation", self.job_allocation_endpoint),
+                ("allocation", self.job_allocation_endpoint), ("nodelist", self.nodelist_endpoint),
                 ("get_info/{sid}", self.get_info), ("list_jobs/{sid}/{queue}", self.list_jobs),
                 ("list_all_jobs/{sid}", self.list_all_jobs),
                 ("list_allocations/{sid}", self.list_allocations)):
@@ -2359,6 +2374,14 @@ class PluginQueueInfo(Plugin):
         """Return what QueueInfo.job_allocation() does. Blocks."""
         return self._backend.job_allocation() if self._backend is not None else None
 
+    def get_nodelist(self) -> List[str]:
+        """Return the names of the nodes of that allocation, [] outside of one. Blocks."""
+        allocation = self.get_job_allocation() or {}
+        try:
+            return expand_hostlist(allocation.get("nodelist") or "")
+        except ValueError as error:
+            raise BadGateway(f"nodelist: {error}") from None
+
     async def is_enabled_endpoint(self, request: Request) -> Any:
         """Answer {"available"}: whether the batch system's programs work now."""
         return {"available": await self._backend.workers.call(self.is_enabled)}
@@ -2370,6 +2393,10 @@ class PluginQueueInfo(Plugin):
     async def job_allocation_endpoint(self, request: Request) -> Any:
         """Answer {"allocation"}: the one within which the edge runs, or null."""
         return {"allocation": await self._backend.workers.call(self.get_job_allocation)}
+
+    async def nodelist_endpoint(self, request: Request) -> Any:
+        """Answer {"nodelist"}: the names of that allocation's nodes, [] outside of one."""
+        return {"nodelist": await self._backend.workers.call(self.get_nodelist)}
 
     async def get_info(self, request: Request) -> Any:
         """Answer the queues. ?user=&force="""
@@ -5174,6 +5201,8 @@ MAX_LINKS = 40                 # symbolic links on the way to one file, as in Li
 MAX_DEPTH = 512                # levels of a tree: each costs an open directory
 MAX_DIR_ENTRIES = 100_000      # of a directory, in one answer
 MAX_JSON_FILE = 32 * 1024 * 1024     # bytes of a file that travels as base64
+# bytes of one that does so to or from an edge of radical.edge 0.2: a message, less what is around
+MAX_OLD_FILE = (radical_edge.MAX_OLD_MESSAGE - 64 * 1024) // 4 * 3
 MAX_UPLOADS = 32               # at a time; each holds a thread of the plugin
 MAX_KNOWN_DIGESTS = 1024       # of files and of partial files, of each kind
 MAX_TAIL_READ = 1024 * 1024    # bytes of a file's end in one answer
@@ -5218,6 +5247,10 @@ class FileExists(Conflict, FileExistsError):
 
 class FileMissing(NotFound, FileNotFoundError):
     """There is no such file or directory."""
+
+
+class OldEdge(NotInstalled):
+    """The edge is one of radical.edge 0.2, which moves single files in the JSON forms alone."""
 
 
 def parse_file_path(value: Any, field: str = "path") -> str:
@@ -6888,6 +6921,8 @@ class StagingClient(PluginClient):
     `patience` seconds. progress(done, total) is called with bytes; of a tree, total grows while it
     is looked through. Paths on the edge are absolute or relative to the home directory there.
     Errors are EdgeError; FileExists and FileMissing are the builtin ones of that kind as well.
+    With an edge of radical.edge 0.2 put(), get() and list() work, for files of MAX_OLD_FILE bytes
+    and without mode and time; all else raises OldEdge.
     """
 
     patience = 60.0
@@ -6913,13 +6948,19 @@ class StagingClient(PluginClient):
         """
         if os.path.isdir(src):
             return self.put_tree(src, dst, overwrite, progress=progress)
-        return _Sender(self, src, dst, overwrite, progress).run()
+        try:
+            return _Sender(self, src, dst, overwrite, progress).run()
+        except OldEdge:
+            return self._put_json(src, dst, overwrite, progress)
 
     def get(self, src: str, dst: Union[str, Path], overwrite: bool = False, *,
             progress: Optional[Progress] = None) -> Dict[str, Any]:
         """Fetch a file, or a directory with all that is in it; return {"path", "size", ...}."""
-        if self._retry(self.stat, src)["type"] == "dir":
-            return self.get_tree(src, dst, overwrite, progress=progress)
+        try:
+            if self._retry(self.stat, src)["type"] == "dir":
+                return self.get_tree(src, dst, overwrite, progress=progress)
+        except OldEdge:
+            return self._get_json(src, dst, overwrite, progress)
         with local_place(dst) as place, _explained(place.path):
             return _Receiver(self, src, place, overwrite, progress).run()
 
@@ -6971,7 +7012,10 @@ class StagingClient(PluginClient):
 
     def list(self, path: str) -> Dict[str, Any]:
         """Return {"path", "entries": [{"name", "type", "size", "mode", "mtime"}]}."""
-        return self.value(self.send("GET", "list", path=path))
+        try:
+            return self.value(self.send("GET", "list", path=path))
+        except OldEdge:                           # without mode and mtime
+            return self.ask(f"list/{self._require_session()}", {"path": _old_path(path)})
 
     def stat(self, path: str, *, follow: bool = True, digest: bool = False) -> Dict[str, Any]:
         """Return {"path", "type", "size", "mode", "mtime", "etag"}, and "sha256" with `digest`."""
@@ -7050,6 +7094,34 @@ class StagingClient(PluginClient):
             raise _sharpen(error) from None
 
     # -- inside
+
+    def _put_json(self, src: Union[str, Path], dst: str, overwrite: bool,
+                  progress: Optional[Progress]) -> Dict[str, Any]:
+        with open(src, "rb") as file:
+            content = file.read(MAX_OLD_FILE + 1)
+        if len(content) > MAX_OLD_FILE:
+            raise ContentTooLarge(f"src: an edge of radical.edge 0.2 takes {MAX_OLD_FILE} bytes")
+        done = self.ask(f"put/{self._require_session()}", {
+            "filename": _old_path(dst), "content": base64.b64encode(content).decode(),
+            "overwrite": overwrite})
+        if progress is not None:
+            progress(len(content), len(content))
+        return done
+
+    def _get_json(self, src: str, dst: Union[str, Path], overwrite: bool,
+                  progress: Optional[Progress]) -> Dict[str, Any]:
+        told = self.ask(f"get/{self._require_session()}", {"filename": _old_path(src)})
+        try:
+            content = base64.b64decode(told["content"], validate=True)
+        except (KeyError, TypeError, ValueError):
+            raise BadGateway(f"{src!r}: the answer has no content in base64") from None
+        path = os.path.realpath(os.path.expanduser(os.fspath(dst)))
+        folder = os.path.dirname(path)
+        os.makedirs(folder, exist_ok=True)
+        done = Files(Roots([folder])).uploads.put(path, [content], overwrite=overwrite, sha256=None)
+        if progress is not None:
+            progress(len(content), len(content))
+        return done
 
     def _retry(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         patience = _Patience(self.patience)
@@ -7188,9 +7260,17 @@ def _read_reply(reply: Any) -> Iterator[bytes]:
         raise Unavailable("the connection was lost")
 
 
+def _old_path(path: str) -> str:
+    """Return a path as radical.edge 0.2 takes it: what is relative is so to the home directory."""
+    return path if path.startswith(("/", "~")) else f"~/{path}"
+
+
 def _sharpen(error: EdgeError) -> EdgeError:
     """Return the error, as the builtin of its kind as well where there is one."""
-    if error.status == 409 and "exists already" in error.detail:
+    if is_of_old_edge(error):
+        return OldEdge("an edge of radical.edge 0.2 has put(), get() and list(), and for single "
+                       "files alone", request_id=error.request_id)
+    if error.status == 409 and re.search("exists already|already exists", error.detail):
         cls: Type[EdgeError] = FileExists
     elif error.status == 404 and not _is_edge_gone(error):
         cls = FileMissing
@@ -10238,9 +10318,9 @@ class RhapsodyClient(PluginClient):
         try:
             return self.get_status()
         except NotFound as error:
-            if "No route" not in error.detail:
+            if not is_of_old_edge(error):
                 raise
-        # an edge of radical.edge: it has no such route, but refuses others until it is ready
+        # it has no such route, but refuses others until it is ready
         reply = self._http.get(self._url(f"list_tasks/{self._require_session()}"))
         if reply.status_code == 409:
             return {"status": "initializing", "error": None}

@@ -5624,7 +5624,9 @@ class PluginHost:
     async def _make(self, hosted: _Hosted, factory: Any, instance_name: Optional[str]) -> None:
         named = {"instance_name": instance_name} if instance_name else {}
         made = factory(self.app, **named)
-        enabled = await hosted.workers.call(made.is_enabled)     # it may run programs
+        # radical.edge 0.2 has it as a method of the class, which is given the app
+        arguments = [self.app] if inspect.signature(made.is_enabled).parameters else []
+        enabled = await hosted.workers.call(made.is_enabled, *arguments)    # it may run programs
         if not enabled:
             raise Unavailable(made.why_disabled)
         store = _SessionStore(made.state_dir / "sessions.json", hosted.workers)

@@ -40,6 +40,10 @@ class Routes:
         self.add_route_get("topologies", self.get_topologies)
         self.add_route_get("runs", self.get_runs)
 
+    @classmethod
+    def is_enabled(cls, app):
+        return app is not None
+
     async def on_topology_change(self, edges):
         self.topologies.append(edges)
 

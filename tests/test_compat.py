@@ -7,6 +7,7 @@ of their own.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -21,10 +22,12 @@ from pathlib import Path
 
 import pytest
 
+import plugins
 import radical_edge
 from legacy_service import make_probe
 from radical_edge import Bridge, BridgeClient, Edge, EdgeError
 from test_edge import ROOT, EchoPlugin, Relay, needs, wait_until
+from test_lucid import fake                                              # noqa: F401 (a fixture)
 
 VENV = ROOT / ".venv-compat"
 PYTHON = str(VENV / "bin/python")
@@ -43,13 +46,14 @@ needs("compat", Path(PYTHON).exists(), "radical.orbit 0.2.0: run tests/setup-com
 class Process:
     """A process of theirs, with a log. close() ends it."""
 
-    def __init__(self, folder, arguments, **streams):
+    def __init__(self, folder, arguments, env=None, **streams):
         folder.mkdir(exist_ok=True)
         self.log = folder / "log.txt"
         environment = {name: value for name, value in os.environ.items()
                        if not name.startswith("RADICAL_") and "proxy" not in name.lower()}
-        environment.update(HOME=str(folder), PYTHONUNBUFFERED="1", RADICAL_LOG_LVL="DEBUG",
-                           PATH=make_path(folder / "bin"))
+        environment.update({"HOME": str(folder), "PYTHONUNBUFFERED": "1",
+                            "RADICAL_LOG_LVL": "DEBUG", "PATH": make_path(folder / "bin"),
+                            **(env or {})})
         with open(self.log, "w") as log:
             # they write into the current directory, too
             self.process = subprocess.Popen([PYTHON, *map(str, arguments)], env=environment,
@@ -172,13 +176,13 @@ def their_edge(request, tokens, tmp_path):
     started = []
 
     def start(name, package="radical.edge", url=None, cert=None,
-              plugins="probe,sysinfo,psij,rhapsody,staging"):
+              plugins="probe,sysinfo,psij,rhapsody,staging", env=None):
         program = VENV / "bin" / PACKAGES[package][1]
         url = url or with_token(request.getfixturevalue("bridge").url, tokens[1]["edge"])
         certificate = ["--cert", cert] if cert else []
         process = Process(tmp_path / f"theirs-{len(started)}", [
             Path(__file__).with_name("legacy_service.py"), package, program, "--url", url,
-            "--name", name, "-p", plugins, "-l", "DEBUG", *certificate])
+            "--name", name, "-p", plugins, "-l", "DEBUG", *certificate], env)
         started.append(process)
         return process
 
@@ -319,6 +323,43 @@ def test_our_client_classes_run_tasks_on_their_edge(old, client):
     assert rhapsody.get_task(uids[0])["stdout"].strip() == "hi"
     assert len(rhapsody.list_tasks()["tasks"]) == 3
     rhapsody.close()
+
+
+def test_our_client_classes_move_single_files_to_and_from_their_edge(old, client, tmp_path):
+    staging = client.get_edge_client("old").get_plugin("staging")
+    home, content, seen = old.log.parent, os.urandom(3_000_000), []
+    (tmp_path / "here").write_bytes(content)
+    told = staging.put(tmp_path / "here", "new/folder/there", progress=lambda *at: seen.append(at))
+    assert (told["path"], told["size"]) == (f"{home}/new/folder/there", 3_000_000)
+    assert (home / "new/folder/there").read_bytes() == content
+    assert seen[-1] == (3_000_000, 3_000_000)
+    with pytest.raises(FileExistsError):
+        staging.put(tmp_path / "here", f"{home}/new/folder/there")
+    staging.put(tmp_path / "here", "~/new/folder/there", overwrite=True)
+    assert staging.get("new/folder/there", tmp_path / "a/back")["size"] == 3_000_000
+    assert (tmp_path / "a/back").read_bytes() == content
+    with pytest.raises(FileExistsError):
+        staging.get("new/folder/there", tmp_path / "a/back")
+    staging.get("new/folder/there", tmp_path / "a/back", overwrite=True)
+    assert staging.list("new")["entries"] == [{"name": "folder", "type": "dir", "size": None}]
+    with pytest.raises(FileNotFoundError):
+        staging.get("none", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "large").write_bytes(b"\xff" * plugins.MAX_OLD_FILE)
+    staging.put(tmp_path / "large", "large")
+    staging.get("large", tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == b"\xff" * plugins.MAX_OLD_FILE
+    (tmp_path / "large").write_bytes(b"\xff" * (plugins.MAX_OLD_FILE + 1))
+    with pytest.raises(EdgeError, match="takes .* bytes") as caught:
+        staging.put(tmp_path / "large", "large", overwrite=True)
+    assert caught.value.status == 413
+    for call, *arguments in ((staging.put, tmp_path, "tree"), (staging.stat, "large"),
+                             (staging.mkdir, "folder"), (staging.delete, "large")):
+        with pytest.raises(EdgeError, match="put.*get.*list") as caught:
+            call(*arguments)
+        assert caught.value.status == 501
+    assert (home / "large").stat().st_size == plugins.MAX_OLD_FILE and not old.ended()
+    staging.close()
 
 
 def test_a_plugin_of_theirs_that_blocks_its_edge_does_not_lose_it(tokens, their_edge):
@@ -739,6 +780,147 @@ def test_their_client_moves_files(their_session, tmp_path):
         call("staging.list", "/etc")
     call("staging.close")
     call("sysinfo.close")
+
+
+@pytest.fixture(params=["their client, our edge", "our client, their edge"])
+def across(request, bridge, tokens, client, their_edge, monkeypatch):
+    """Returns a function: across(plugin, plugins, env) starts an edge named "far" and returns
+    ask(method, *args, **kwargs), which calls that method of the plugin's client class. caller:
+    another client program of theirs than their_client."""
+    undo = contextlib.ExitStack()
+
+    def ours(plugin, plugins, env, caller=None):
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        edge = Edge(bridge.url, "far", plugins=plugins.split(","), token=tokens[1]["edge"]).start()
+        undo.callback(edge.stop)
+        assert edge.online.wait(20)
+        call = (caller or request.getfixturevalue("their_client")).call
+        call("client.BridgeClient", with_token(bridge.url, tokens[1]["admin"]), keep="bridge")
+        undo.callback(call, "bridge.close")
+        call("bridge.get_edge_client", "far", keep="edge")
+        call("edge.get_plugin", plugin, keep="plugin")
+        undo.callback(call, "plugin.close")
+        return lambda method, *args, **kwargs: call(f"plugin.{method}", *args, **kwargs)
+
+    def theirs(plugin, plugins, env):
+        process = their_edge("far", plugins=plugins, env=env)
+        wait_for_edge(bridge, "far", process)
+        made = undo.enter_context(client.get_edge_client("far").get_plugin(plugin))
+        return lambda method, *args, **kwargs: getattr(made, method)(*args, **kwargs)
+
+    with undo:
+        yield ours if request.param.endswith("our edge") else theirs
+
+
+def test_queues_and_jobs_of_a_real_slurm_are_asked_for_across(across, slurm):
+    env = {name: slurm.env[name] for name in ("PATH", "SLURM_CONF")}
+    ask = across("queue_info", "queue_info", env)
+    running = slurm.sbatch("root", "-p", "debug", "-t", "30", "-J", "of-ours")
+    held = slurm.sbatch("root", "-p", "debug", "-t", "30", "-H")
+    bobs = slurm.sbatch("bob", "-p", "batch", "-t", "30")
+    slurm.wait_for_job(running, "RUNNING")
+    assert ask("backend") == "slurm" and ask("nodelist") == []
+    assert ask("job_allocation") is None
+    queues = ask("get_info", user="*", force=True)["queues"]
+    assert set(queues) == {"batch", "debug", "gpu"} == set(ask("get_info")["queues"])
+    assert set(queues["gpu"]) >= {
+        "name", "state", "time_limit", "default", "nodes_total", "nodes_available", "nodes_idle",
+        "cpus_per_node", "mem_per_node_mb", "gpus_per_node", "max_jobs_per_user", "features"}
+    assert queues["debug"]["state"] == "UP" and queues["gpu"]["gpus_per_node"] > 0
+    jobs = {job["job_id"]: job for job in ask("list_jobs", "debug", force=True)["jobs"]}
+    assert set(jobs) >= {running, held} and bobs not in jobs
+    assert set(jobs[running]) >= {
+        "job_id", "job_name", "user", "partition", "state", "nodes", "cpus", "time_limit",
+        "time_used", "submit_time", "start_time", "priority", "account", "node_list"}
+    assert {name: jobs[running][name] for name in ("job_name", "user", "partition", "state")} == {
+        "job_name": "of-ours", "user": "root", "partition": "debug", "state": "RUNNING"}
+    assert jobs[held]["state"] == "PENDING"
+    for user, expected in (("bob", {bobs}), ("*", {running, held, bobs}), (None, {running, held})):
+        jobs = ask("list_all_jobs", user=user, force=True)["jobs"]
+        assert {job["job_id"] for job in jobs} & {running, held, bobs} == expected
+    rows = ask("list_allocations", user="alice", force=True)["allocations"]
+    assert {(row["account"], row["user"]) for row in rows} >= {("proj_a", "alice")}
+    assert set(rows[0]) >= {"account", "user", "fairshare", "qos", "max_jobs", "max_submit",
+                            "max_wall", "grp_tres", "allocated_node_hours", "used_node_hours",
+                            "remaining_node_hours"}
+    assert ask("cancel_job", held) == {"job_id": held, "status": "canceled"}
+    slurm.wait_for_job(held, "CANCELLED")
+    slurm.reset()
+
+
+def test_a_machine_with_queues_is_known_as_one_whatever_its_edge(across, slurm, client):
+    across("queue_info", "queue_info", {name: slurm.env[name] for name in ("PATH", "SLURM_CONF")})
+    with client.get_edge_client("far").get_plugin("queue_info") as queues:
+        assert queues.is_enabled() is True        # theirs has no such route
+
+
+def test_batch_jobs_are_submitted_across_and_end_with_their_state(across, slurm):
+    ask = across("psij", "psij", {name: slurm.env[name] for name in ("PATH", "SLURM_CONF")})
+    job_id = ask("submit_job", {
+        "executable": "/bin/sh", "arguments": ["-c", "exit 3"],
+        "attributes": {"duration": 600, "queue_name": "debug"}}, "slurm")["job_id"]
+    job = wait_until(lambda: {job["job_id"]: job for job in ask("list_jobs")["jobs"]}[job_id]
+                     ["state"] == "FAILED" and ask("get_job_status", job_id), 120, "the job's end")
+    assert (job["executor"], job["exit_code"], job["queue_name"]) == ("slurm", 3, "debug")
+    assert slurm.job(job["native_id"])["Partition"] == "debug"
+    long = ask("submit_job", {"executable": "/bin/sleep", "arguments": ["600"], "attributes": {
+        "duration": 600, "queue_name": "debug"}}, "slurm")["job_id"]
+    native = wait_until(lambda: ask("get_job_status", long)["native_id"], 60)
+    slurm.wait_for_job(native, "RUNNING", "PENDING")
+    assert ask("cancel_job", long) == {"job_id": long, "status": "canceled"}
+    slurm.wait_for_job(native, "CANCELLED")
+
+
+def test_workflows_are_configured_started_and_stopped_across(across, tmp_path):
+    ask = across("xgfabric", "xgfabric,sysinfo,staging,rhapsody", {})
+    assert Path(ask("get_workdir")["path"]).is_dir()
+    assert ask("set_workdir", str(tmp_path)) == {"status": "ok", "path": str(tmp_path)}
+    assert ask("get_workdir") == {"path": str(tmp_path)} and ask("list_configs") == []
+    assert ask("get_default_config") == ask("load_config", "default")
+    test = ask("get_test_config")
+    assert test["mock_sensor_data"] is True and test["simulation_task"]["executable"] == "bash"
+    assert ask("save_config", {**test, "name": "mine"}) == {"status": "saved", "name": "mine"}
+    assert [item["name"] for item in ask("list_configs")] == ["mine"]
+    assert ask("load_config", "mine")["num_simulations"] == test["num_simulations"]
+    assert ask("delete_config", "mine") == {"status": "deleted", "name": "mine"}
+    with pytest.raises(RuntimeError, match="HTTP 404.*mine"):
+        ask("load_config", "mine")
+    assert ask("get_status")["status"] == "idle"
+    assert ask("start_workflow", "test", "test") == {"status": "started", "config": "test"}
+    assert set(ask("get_status")) >= {field.name for field in dataclasses.fields(
+        plugins.WorkflowState)}
+    assert ask("stop_workflow") == {"status": "stopped"}
+    wait_until(lambda: ask("get_status")["status"] in ("cancelled", "failed"), 30)
+
+
+@pytest.fixture
+def pilot_client(fake, tmp_path):                                        # noqa: F811
+    """A client program of radical.edge that finds a radical.pilot: it does not know lucid else."""
+    process = Client(tmp_path / "pilot-client", "radical.edge")
+    yield process
+    process.close()
+
+
+@pytest.mark.parametrize("across", ["their client, our edge"], indirect=True)
+def test_their_client_runs_a_task_in_a_pilot_of_our_lucid(pilot_client, across):
+    ask = across("lucid", "lucid", {}, pilot_client)
+    pid = wait_until(lambda: submit_pilot(ask), 60, "RADICAL-Pilot")["pid"]
+    assert pid.startswith("pilot")
+    tid = ask("task_submit", {"executable": "true"})["tid"]
+    done = ask("task_wait", tid)
+    assert done["tid"] == tid and done["task"]["uid"] == tid
+    assert (done["task"]["state"], done["task"]["exit_code"]) == ("DONE", 0)
+    with pytest.raises(RuntimeError, match="HTTP 404"):
+        ask("task_wait", "task.nope")
+
+
+def submit_pilot(ask):
+    """Return the answer, None as long as RADICAL-Pilot is starting: theirs waits in the request."""
+    try:
+        return ask("pilot_submit", {"resource": "local.localhost", "cores": 1, "runtime": 5})
+    except RuntimeError as error:
+        assert "HTTP 409" in str(error)
 
 
 def test_their_client_hears_of_edges_that_come(their_session, scene):

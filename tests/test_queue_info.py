@@ -1121,6 +1121,7 @@ def test_every_route_answers_in_its_shape(serve, programs):
         assert queues.is_enabled() is True and queues.backend() == "slurm"
         assert queues.job_allocation() is None
         assert queues._get("allocation") == {"allocation": None}
+        assert queues.nodelist() == []
         info = queues.get_info(user="*")["queues"]
         assert list(info) == ["batch", "debug", "gpu"]
         assert list(info["debug"]) == list(plugins.QUEUE_FIELDS)
@@ -1137,6 +1138,21 @@ def test_every_route_answers_in_its_shape(serve, programs):
     described = client.list_plugins()["queue_info"]
     assert described["ui_config"]["monitors"][0]["auto_load"] == "get_info/{sid}"
     assert described["type"] == "queue_info"
+
+
+def test_an_edge_in_an_allocation_names_its_nodes(serve, programs, monkeypatch):
+    put_pbs(programs, True, jobs=PBS_JOBS.split("Job Id: 18")[0])
+    monkeypatch.setenv("PBS_JOBID", "17.pbs")
+    edge, client = serve()
+    with client.get_plugin("queue_info") as queues:
+        assert queues.nodelist() == ["n2"]
+        plugin = edge.host._hosted["queue_info"].plugin
+        for told, expected in (("nid[0001-3,07],login1",
+                                ["nid0001", "nid0002", "nid0003", "nid07", "login1"]), ("", [])):
+            monkeypatch.setattr(plugin, "get_job_allocation", lambda told=told: {"nodelist": told})
+            assert queues.nodelist() == expected
+        monkeypatch.setattr(plugin, "get_job_allocation", lambda: {"nodelist": "n[1-9999999]"})
+        assert refused(queues.nodelist).status == 502
 
 
 def test_a_users_mistake_names_its_field(serve, programs):
