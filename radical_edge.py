@@ -214,7 +214,7 @@ LIMITS: Dict[str, Tuple[str, str]] = {
     "request-rate": ("MAX_RATE", "requests a second with one token (429)"),
     "sessions": ("MAX_SESSIONS", "sessions of one token in one plugin (429)"),
     "jobs": ("MAX_JOBS", "jobs of one session (429)"),
-    "notification": ("MAX_NOTIFICATION", "bytes of one notification (413, or dropped)"),
+    "notification": ("MAX_NOTIFICATION", "bytes of one notification (dropped)"),
     "notification-rate": ("MAX_NOTIFY_RATE", "notifications a second from one edge (delayed)"),
     "registrations": ("MAX_EDGES", "edges registered with one bridge (503)"),
     "pending": ("MAX_PENDING", "requests that wait for one edge (503)"),
@@ -3598,7 +3598,7 @@ class Counters:
         "links_refused_total": "registrations that were refused",
         "late_responses_total": "responses that came after their request was given up",
         "refused_connections_total": "connections refused because there were too many",
-        "limited_total": "requests and connections refused, by the limit (see --limit)",
+        "limited_total": "requests, connections, notifications refused or delayed, by --limit",
         "reloads_total": "tokens and certificates read again",
     }
     BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0, 600.0)
@@ -3612,6 +3612,11 @@ class Counters:
     def add(self, name: str, value: float = 1, label: str = "") -> None:
         """Add to a counter; label is like 'limit="body"'."""
         self._counts[name, label] += value       # type: ignore[assignment]
+
+    def count_limit(self, name: Optional[str]) -> None:
+        """Count what one of LIMITS has refused; other names, which edges may make up, are not."""
+        if name in LIMITS:
+            self.add("limited_total", 1, f'limit="{name}"')
 
     def count_request(self, route: str, status: int, seconds: float) -> None:
         """Count an answer. Routes beyond MAX_COUNTED_ROUTES are "other"."""
@@ -7257,7 +7262,7 @@ class HttpConnection:
         encoded = self._encode_head(exchange, response, length)
         self.channel.send(encoded if exchange.head.method == "HEAD" else encoded + body)
         if response.status_code in _LIMIT_STATUSES:
-            self._gateway.records.count_limit(response.headers.get("x-limit"))
+            self._gateway.records.counters.count_limit(response.headers.get("x-limit"))
         self._end(exchange, response.status_code)
 
     def begin(self, exchange: Exchange, response: Response) -> None:
@@ -8086,6 +8091,7 @@ class EdgeLink:
         while self._to_ack and self._to_ack[0][0] <= written:
             if not self._allowance.take(now):     # the edge sends no more than fit its window
                 self.registry.counters.add("notifications_delayed_total")
+                self.registry.counters.count_limit("notification-rate")
                 break
             number = self._to_ack.popleft()[1]
         if number and not self.channel.closed:
@@ -8202,6 +8208,7 @@ class EdgeRegistry:
     def on_dropped(self, name: str, reason: str) -> None:
         """Count a notification that was too large, or one too many."""
         self.counters.add("events_dropped_total", 1, f'reason="{reason}"')
+        self.counters.count_limit("notification" if reason == "size" else "notification-rate")
         self._dropped += 1
         if self._dropped & (self._dropped - 1) == 0:             # 1, 2, 4, ...: not a line for each
             bridge_log.warning("%s: notification dropped (%s); %d in all", name, reason,
@@ -8539,7 +8546,7 @@ class _Listener(http.server.ThreadingHTTPServer):
     def _refuse(self, request: Any, error: EdgeError) -> None:
         """Close a connection, with an answer where there is no TLS in between."""
         self.gateway.records.counters.add("refused_connections_total")
-        self.gateway.records.count_limit(error.limit)
+        self.gateway.records.counters.count_limit(error.limit)
         if self.tls is None:
             response = error_response(error)
             fields = [*_response_fields(response), ("Content-Length", str(len(response.body))),
@@ -8969,11 +8976,6 @@ class _Records:
         segments = exchange.segments
         return exchange.link.labels.get((segments[1], segments[2], len(segments)), "other")
 
-    def count_limit(self, name: Optional[str]) -> None:
-        """Count a refusal by one of the limits, which a plugin of an edge may have named."""
-        if name in LIMITS:
-            self.counters.add("limited_total", 1, f'limit="{name}"')
-
 
 class Bridge:
     """A bridge: the HTTP server that clients use and edges register with.
@@ -9148,7 +9150,7 @@ class Bridge:
         """Forget a connection that never came to a request. Any thread."""
         self.open.leave(address)
         if too_slow:
-            self.records.count_limit("handshake-time")
+            self.records.counters.count_limit("handshake-time")
 
     def on_connection_lost(self, connection: HttpConnection) -> None:
         """Forget a connection."""

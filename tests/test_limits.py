@@ -21,7 +21,7 @@ import pytest
 
 import radical_edge
 from radical_edge import Kind, Opcode, encode_frame
-from test_edge import (FakeEdge, Raw, assert_error, certificate, fake_edge,    # noqa: F401
+from test_edge import (ROOT, FakeEdge, Raw, assert_error, certificate, fake_edge,    # noqa: F401
                        needs_module, bridge_url, fake_edge2, only_wire2, start, wait_until)
 
 
@@ -64,6 +64,19 @@ def test_a_limit_is_changed_by_its_name_and_a_wrong_one_is_explained(monkeypatch
             radical_edge.set_limit(text)
 
 
+def test_the_readme_lists_each_limit_with_its_default():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    begin = next(number for number, line in enumerate(lines) if line.startswith("| limit |"))
+    rows = [line.split("|")[1:3] for line in lines[begin + 2:lines.index("", begin)]]
+    told = {name: default for names, default in rows for name in re.findall(r"`([a-z-]+)`", names)}
+    assert sorted(told) == sorted(radical_edge.LIMITS)
+    for name, (constant, _) in radical_edge.LIMITS.items():
+        value = getattr(radical_edge, constant)
+        shown = [f"{value:,}" if type(value) is int else f"{value:g} s",
+                 f"{value // 1024} KiB" if value >= 1024 else "", f"{value // 2 ** 20} MiB"]
+        assert any(text and text in told[name] for text in shown), (name, shown, told[name])
+
+
 @pytest.mark.parametrize("limit, data, status", [
     ("head", b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\n", 414),
     ("head", b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n" + b"a: b\r\n" * 101 + b"\r\n", 431),
@@ -103,6 +116,35 @@ def test_a_token_has_only_so_many_sessions_in_a_plugin(edge, raw, tokens, monkey
     assert raw().request("POST", "/e1/echo/register_session")[0] == 200    # another token's
     assert client.request("POST", f"/e1/echo/unregister_session/{sids[0]}")[0] == 200
     assert client.request("POST", "/e1/echo/register_session")[0] == 200
+
+
+def test_a_session_has_only_so_many_jobs(edge, raw, home, monkeypatch):
+    import plugins
+    edge.host.add(plugins.PluginPSIJ)
+    client = raw()
+    wait_until(lambda: client.request("GET", "/e1/psij/version")[0] == 200)
+    sid = json.loads(client.request("POST", "/e1/psij/register_session")[2])["sid"]
+    monkeypatch.setattr(radical_edge, "MAX_JOBS", 1)
+    body = json.dumps({"job_spec": {"executable": "true"}, "executor": "local"}).encode()
+    job = json.loads(client.request("POST", f"/e1/psij/submit/{sid}", body)[2])["job_id"]
+    refused(raw(), client.request("POST", f"/e1/psij/submit/{sid}", body), 429, "jobs", "1 jobs")
+    wait_until(lambda: json.loads(client.request("GET", f"/e1/psij/status/{sid}/{job}")[2])["state"]
+               == "COMPLETED")
+
+
+def test_an_edge_has_only_so_many_requests_waiting(bridge, raw, fake_edge, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(radical_edge, "MAX_PENDING", 1)
+    fake = fake_edge("f1")
+    fake.hear("topology")
+    raw().send_request("GET", "/f1/p/x")
+    fake.hear("request")
+    refused(raw(), raw().request("GET", "/f1/p/x"), 503, "pending", "too much")
+
+
+def test_an_address_has_only_so_many_wrong_tokens(bridge, raw, monkeypatch):
+    monkeypatch.setattr(radical_edge, "LOGIN_FAILURES", 1)
+    assert raw("wrong").request("GET", "/edges")[0] == 401
+    refused(raw(), raw("wrong").request("GET", "/edges"), 429, "login", "wait")
 
 
 def test_an_address_has_only_so_many_connections(bridge, raw, monkeypatch):
@@ -371,10 +413,18 @@ def test_a_handshake_has_its_time_in_all_however_it_drips(tokens, certificate,  
                 data = data[1:]
         assert data, "the whole hello was taken, a byte every tenth of a second"
         sock.close()
-        wait_until(lambda: bridge.records.counters._counts.get(
-            ("limited_total", 'limit="handshake-time"')))
+        client = http.client.HTTPSConnection("127.0.0.1", bridge._listener.server_address[1],
+                                             context=ssl._create_unverified_context())
+        told = 'radical_edge_limited_total{limit="handshake-time"} 1'
+        wait_until(lambda: told in fetch_text(client, "/metrics", tokens[1]["read"]))
+        client.close()
     finally:
         assert bridge.stop()
+
+
+def fetch_text(client, path, token):
+    client.request("GET", path, headers={"Authorization": f"Bearer {token}"})
+    return client.getresponse().read().decode()
 
 
 def _is_closed(sock):
@@ -407,6 +457,7 @@ def test_a_notification_of_an_older_edge_has_a_size(bridge, raw, fake_edge, capl
     wait_until(lambda: bridge._hub.log.last_id >= bridge._hub.log.first_id)
     client = raw()
     assert metrics(client)['radical_edge_events_dropped_total{reason="size"}'] == 1
+    assert count(client, "notification") == 1
     assert metrics(client)["radical_edge_notifications_total"] == 1
     assert "notification dropped (size)" in caplog.text
 
@@ -423,6 +474,8 @@ def test_notifications_of_an_older_edge_have_a_rate(bridge, raw, fake_edge, monk
         'radical_edge_events_dropped_total{reason="rate"}', "radical_edge_notifications_total"))
         == 30)
     assert 10 <= metrics(client)["radical_edge_notifications_total"] < 30
+    assert count(client, "notification-rate") == metrics(client)[
+        'radical_edge_events_dropped_total{reason="rate"}']
 
 
 @only_wire2
@@ -436,6 +489,7 @@ def test_notifications_that_come_too_fast_are_slowed_down_and_none_is_lost(edge,
     client = raw()
     wait_until(lambda: metrics(client)["radical_edge_notifications_total"] == total, 30)
     assert metrics(client)["radical_edge_notifications_delayed_total"] > 0
+    assert count(client, "notification-rate") > 0
     wait_until(lambda: edge.journal.first > edge.journal.last, 30)    # all were acknowledged
 
 
