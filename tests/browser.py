@@ -154,6 +154,38 @@ class Browser:
         found = self.run("return document.querySelector(args[0])", selector)
         self._post(f"/element/{found[ELEMENT]}/value", {"text": str(path)})
 
+    def drop(self, selector, *paths):
+        """Drag files over an element, let the page draw, and drop them there."""
+        self.drag(selector, *paths)
+        self._drag("drop", *self._dragged)
+
+    def drag(self, selector, *paths):
+        """Drag files over an element."""
+        element = self.find(selector)
+        x, y = self.run("args[0].scrollIntoView({block: 'center'});"
+                        " const box = args[0].getBoundingClientRect();"
+                        " return [box.x + box.width / 2, box.y + box.height / 2]",
+                        {ELEMENT: element})
+        self._dragged = x, y, [str(path) for path in paths]
+        for kind in ("dragEnter", "dragOver"):
+            self._drag(kind, *self._dragged)
+
+    def _drag(self, kind, x, y, files):
+        self.cdp("Input.dispatchDragEvent", type=kind, x=x, y=y,
+                 data={"items": [], "files": files, "dragOperationsMask": 1})
+
+    def open_tab(self):
+        """Open a tab in front of this one, which is hidden then; return how to come back."""
+        here = self._driver.ask("GET", self._path + "/window")
+        made = self._post("/window/new", {"type": "tab"})
+        self._post("/window", {"handle": made["handle"]})
+
+        def come_back():
+            self._driver.ask("DELETE", self._path + "/window")
+            self._post("/window", {"handle": here})
+
+        return come_back
+
     def press(self, *keys):
         """Press keys, one after the other, wherever the focus is."""
         actions = []

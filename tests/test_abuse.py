@@ -11,10 +11,8 @@ import json
 import os
 import re
 import resource
-import shutil
 import socket
 import ssl
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -22,11 +20,10 @@ from pathlib import Path
 import pytest
 
 import radical_edge
+from nginx import pick_port, run_nginx
 from radical_edge import Edge
 from test_edge import (MATRIX, SCOPES, FakeEdge, Raw, assert_error, bridge_url,         # noqa: F401
-                       certificate, needs, start, wait_until)
-
-NGINX = shutil.which("nginx") or "/usr/sbin/nginx"
+                       certificate, start, wait_until)
 
 
 # ---------------------------------------------------------------------------
@@ -409,55 +406,12 @@ async def _flush(bridge):
     bridge.records.flush()
 
 
-CONFIG = """
-daemon off; master_process off; pid %(folder)s/pid; error_log %(folder)s/error.log;
-events { worker_connections 1024; }
-http {
-    access_log %(folder)s/access.log;
-    client_body_temp_path %(folder)s/body; proxy_temp_path %(folder)s/proxy;
-    fastcgi_temp_path %(folder)s/f; uwsgi_temp_path %(folder)s/u; scgi_temp_path %(folder)s/s;
-    upstream bridge { server 127.0.0.1:%(bridge)d; keepalive 8; }
-    map $http_upgrade $connection_upgrade { default upgrade; '' ''; }
-    server {
-        listen 127.0.0.1:%(port)d;
-        client_max_body_size 0;
-        location /prefix/ {
-            proxy_pass http://bridge/;
-            proxy_http_version 1.1;
-            proxy_set_header Host 127.0.0.1;
-            proxy_set_header Connection $connection_upgrade;
-            proxy_set_header Upgrade $http_upgrade;
-            proxy_buffering off; proxy_request_buffering off; proxy_read_timeout 3600s;
-        }
-    }
-}
-"""
-
-
 @pytest.fixture
 def nginx(bridge, tmp_path):
     """Return the port of an nginx that has the bridge under /prefix/, as the README says."""
-    needs("security", os.path.exists(NGINX), "nginx: run tests/setup-security.sh")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    folder = tmp_path / "nginx"
-    folder.mkdir()
-    (folder / "nginx.conf").write_text(CONFIG % {"folder": folder, "port": port,
-                                                 "bridge": bridge._listener.server_address[1]})
-    process = subprocess.Popen([NGINX, "-p", str(folder), "-c", str(folder / "nginx.conf")],
-                               stderr=subprocess.PIPE)
-
-    def is_up():
-        assert process.poll() is None, process.stderr.read()
-        with contextlib.suppress(OSError):
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return True
-
-    wait_until(is_up, 20)
-    yield port
-    process.terminate()
-    process.wait(10)
-    process.stderr.close()
+    port = pick_port()
+    with run_nginx(tmp_path / "nginx", port, bridge._listener.server_address[1]):
+        yield port
 
 
 def through(port, token):

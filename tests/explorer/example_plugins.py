@@ -166,6 +166,14 @@ class Friendly(Noting):
     ui_config = {"icon": "🌍", "title": "Friendly", "description": "Draws its own page."}
 
 
+@plugin("askew")
+class Askew(Noting):
+    """What it says of its page is wrong."""
+
+    ui_config = {"title": "Askew", "forms": [{
+        "id": "paint", "fields": [{"name": "paint", "type": "colour"}]}]}
+
+
 @plugin("hostile")
 class Hostile(Noting):
     """Its module tries whatever it can."""

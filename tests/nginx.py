@@ -1,0 +1,66 @@
+"""nginx in front of a bridge, with the bridge under /prefix/, as the README says."""
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+
+from test_edge import needs, wait_until
+
+NGINX = shutil.which("nginx") or "/usr/sbin/nginx"
+CONFIG = """
+daemon off; master_process off; pid %(folder)s/pid; error_log %(folder)s/error.log;
+events { worker_connections 1024; }
+http {
+    access_log %(folder)s/access.log;
+    client_body_temp_path %(folder)s/body; proxy_temp_path %(folder)s/proxy;
+    fastcgi_temp_path %(folder)s/f; uwsgi_temp_path %(folder)s/u; scgi_temp_path %(folder)s/s;
+    upstream bridge { server 127.0.0.1:%(bridge)d; keepalive 8; }
+    map $http_upgrade $connection_upgrade { default upgrade; '' ''; }
+    server {
+        listen 127.0.0.1:%(port)d;
+        client_max_body_size 0;
+        location /prefix/ {
+            proxy_pass http://bridge/;
+            proxy_http_version 1.1;
+            proxy_set_header Host $host;
+            proxy_set_header Connection $connection_upgrade;
+            proxy_set_header Upgrade $http_upgrade;
+            proxy_buffering off; proxy_request_buffering off; proxy_read_timeout 3600s;
+        }
+    }
+}
+"""
+
+
+def pick_port():
+    """Return a port that was free just now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def run_nginx(folder, port, bridge_port):
+    """Run nginx at a port, with its files in a new folder."""
+    needs("security", os.path.exists(NGINX), "nginx: run tests/setup-security.sh")
+    folder.mkdir()
+    (folder / "nginx.conf").write_text(CONFIG % {"folder": folder, "port": port,
+                                                 "bridge": bridge_port})
+    process = subprocess.Popen([NGINX, "-p", str(folder), "-c", str(folder / "nginx.conf")],
+                               stderr=subprocess.PIPE)
+
+    def is_up():
+        assert process.poll() is None, process.stderr.read()
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return True
+
+    try:
+        wait_until(is_up, 20)
+        yield
+    finally:
+        process.terminate()
+        process.wait(10)
+        process.stderr.close()
