@@ -7786,8 +7786,11 @@ class StreamRequests(LinkRequests):
         self.channel.send(encode_frame_head(Opcode.BINARY, len(head) + len(body)) + head, body)
 
     def _send_data(self, stream: int, window: SendWindow, piece: bytes, end: bool) -> int:
-        """Send some of a request's body; return how much the link and the edge had room for."""
-        if not self.channel.has_room:
+        """Send some of a request's body; return how much the link and the edge had room for.
+
+        An end without a piece always goes: it takes no room, and nobody would try again.
+        """
+        if piece and not self.channel.has_room:
             return 0
         size = window.take(min(len(piece), DATA_SIZE)) if piece else 0
         if size or not piece:

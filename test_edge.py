@@ -2662,6 +2662,20 @@ def test_a_lost_link_cuts_its_downloads_and_ends_their_handlers(streaming, raw, 
 
 
 @only_wire2
+def test_the_end_of_an_upload_is_told_also_while_the_link_is_full(streaming, bridge, raw):
+    client = raw()
+    client.send_request("PUT", "/e1/s/hash", headers=[("Transfer-Encoding", "chunked")])
+    client.send(b"5\r\nbegin\r\n")
+    link = bridge._registry.links["e1"]
+    wait_until(lambda: [True for exchange in link.requests.pending.values()
+                        if exchange.connection._clock._received and not exchange.upload._backlog])
+    link.channel.room = 0                         # as when it has to send much else
+    client.send(b"0\r\n\r\n")
+    status, _, answer = client.reply()
+    assert (status, json.loads(answer)["sha256"]) == (200, hashlib.sha256(b"begin").hexdigest())
+
+
+@only_wire2
 def test_many_streams_share_a_link(streaming, raw):
     body = b"".join(pieces_of(2_000_000))
 
