@@ -28,7 +28,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, Scene, make_certificate, memory_mib
+from common import ROOT, Scene, cpu_seconds, make_certificate, memory_mib
 from events import Readers
 from proxy import Load
 
@@ -208,19 +208,27 @@ def show(title: str, ours: float, theirs: float, unit: str) -> None:
 
 def compare_rates(systems: list[System], connections: int, seconds: float) -> None:
     """Compare a proxied GET."""
-    rows: list[list[tuple[float, float]]] = [[], []]
+    rows: list[list[tuple[float, ...]]] = [[], []]
     for _ in range(ROUNDS):
         for system, row in zip(systems, rows):
-            load = Load(system.port, system.head("GET", "/bench/bench/hello"), connections,
-                        system.context)
-            load.run(0.3)                         # warm up
-            count, latencies = load.run(seconds / ROUNDS)
-            load.close()
-            row.append((count * ROUNDS / seconds, statistics.median(latencies) * 1e6))
-    rates, latencies = ([statistics.median(item[at] for item in row) for row in rows]
-                        for at in (0, 1))
-    show(f"GET, {connections} connections: rate", *rates, "1/s")
-    show(f"GET, {connections} connections: latency", *latencies, "us, median")
+            row.append(measure_rate(system, connections, seconds / ROUNDS))
+    for at, title, unit in ((0, "rate", "1/s"), (1, "latency", "us, median"),
+                            (2, "bridge", "us of CPU each"), (3, "edge", "us of CPU each")):
+        show(f"GET, {connections} connections: {title}",
+             *(statistics.median(item[at] for item in row) for row in rows), unit)
+
+
+def measure_rate(system: System, connections: int, seconds: float) -> tuple[float, ...]:
+    """Return (requests a second, median latency, CPU time of a request in bridge and edge) in us."""
+    load = Load(system.port, system.head("GET", "/bench/bench/hello"), connections, system.context)
+    load.run(0.3)                                 # warm up
+    before = [cpu_seconds(process.pid) for process in (system.bridge, system.edge)]
+    count, latencies = load.run(seconds)
+    cpu = [cpu_seconds(process.pid) - begin
+           for process, begin in zip((system.bridge, system.edge), before)]
+    load.close()
+    return count / seconds, statistics.median(latencies) * 1e6, *(
+        used / max(count, 1) * 1e6 for used in cpu)
 
 
 def compare_events(systems: list[System], count: int) -> None:

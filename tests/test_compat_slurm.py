@@ -10,7 +10,7 @@ from test_compat import across, client, their_client, their_edge         # noqa:
 from test_edge import wait_until
 
 
-def test_queues_and_jobs_of_a_real_slurm_are_asked_for_across(across, slurm):             # noqa: F811
+def test_queues_and_jobs_of_a_real_slurm_are_asked_for_across(across, slurm):  # noqa: F811
     env = {name: slurm.env[name] for name in ("PATH", "SLURM_CONF")}
     ask = across("queue_info", "queue_info", env)
     running = slurm.sbatch("root", "-p", "debug", "-t", "30", "-J", "of-ours")
@@ -46,13 +46,13 @@ def test_queues_and_jobs_of_a_real_slurm_are_asked_for_across(across, slurm):   
     slurm.reset()
 
 
-def test_a_machine_with_queues_is_known_as_one_whatever_its_edge(across, slurm, client):     # noqa: F811
+def test_a_machine_with_queues_is_known_as_one_by_any_edge(across, slurm, client):  # noqa: F811
     across("queue_info", "queue_info", {name: slurm.env[name] for name in ("PATH", "SLURM_CONF")})
     with client.get_edge_client("far").get_plugin("queue_info") as queues:
         assert queues.is_enabled() is True        # theirs has no such route
 
 
-def test_batch_jobs_are_submitted_across_and_end_with_their_state(across, slurm):            # noqa: F811
+def test_batch_jobs_are_submitted_across_and_end_with_their_state(across, slurm):  # noqa: F811
     ask = across("psij", "psij", {name: slurm.env[name] for name in ("PATH", "SLURM_CONF")})
     job_id = ask("submit_job", {
         "executable": "/bin/sh", "arguments": ["-c", "exit 3"],
