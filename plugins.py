@@ -25,6 +25,7 @@ import dataclasses
 import datetime
 import errno
 import functools
+import gc
 import grp
 import hashlib
 import hmac
@@ -8238,6 +8239,7 @@ class TaskHost:
     async def _open(self) -> None:
         try:
             await self.backend.open()
+            gc.freeze()                           # what is here stays: never look through it again
             self._state = "ready"
         except Exception as error:
             self._state, self._error = "failed", f"{type(error).__name__}: {error}"[:MAX_ERROR]
@@ -8589,6 +8591,7 @@ _WORKER_HEAD = struct.Struct(">cII")   # of what a worker says: kind, slot, size
 MAX_DESCRIPTOR = 65536                 # a forked process closes those below
 _SLOTS = 256                           # messages for workers that may be on their way
 MAX_EARLY_DEATHS = 5
+_EARLY_WORKERS = 2                     # are there when the first function is sent
 MAX_MESSAGE_TO_WORKER = 32 * 1024      # bytes; what is longer goes through a file
 
 
@@ -8629,6 +8632,8 @@ class FunctionWorkers:
             pid, receiver = _fork_checker(name)
             timer = self._loop.call_later(IMPORT_S, _kill_group, pid)
             self._loop.add_reader(receiver, self._on_checked, name, receiver, bytearray(), timer)
+            while len(self.workers) < min(self._limit, _EARLY_WORKERS) and not self._closed:
+                self._start_worker()              # meanwhile: there will be work for them
         error = await asyncio.shield(known)
         if error is not None:
             self._checks.pop(name, None)          # its author may put it right
@@ -8860,9 +8865,17 @@ def _become_worker(keep: List[int]) -> None:
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     asyncio.set_event_loop(None)
-    kept = [2, *sorted(keep), MAX_DESCRIPTOR]
+    kept = [2, *sorted(keep), _end_of_descriptors()]
     for low, high in zip(kept, kept[1:]):
         os.closerange(low + 1, high)
+
+
+def _end_of_descriptors() -> int:
+    """Return a number above all open descriptors: before Python 3.10, each number costs a call."""
+    try:
+        return max(map(int, os.listdir("/proc/self/fd"))) + 1
+    except OSError:                               # there is no /proc
+        return MAX_DESCRIPTOR
 
 
 def _fork_checker(name: str) -> Tuple[int, int]:
