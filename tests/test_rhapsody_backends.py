@@ -195,7 +195,8 @@ def test_ten_thousand_tasks_through_a_bridge_are_counted(session, task, value):
     uids = [task["uid"] for task in session.submit_tasks([dict(task) for _ in range(10_000)])]
     ended = session.wait_tasks(uids, 900)
     assert [task["uid"] for task in ended] == uids
-    assert {task["state"] for task in ended} == {"DONE"}
+    odd = [task for task in ended if task["state"] != "DONE"]
+    assert not odd, f"{len(odd)}, such as {odd[:3]}"
     assert {task.get("return_value") for task in ended} == {value}
     assert session.get_statistics()["states"] == {"DONE": 10_000}
 
