@@ -3,9 +3,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
+
+import pytest
 
 from test_edge import needs, wait_until
 
@@ -36,9 +39,15 @@ http {
 
 
 def pick_port():
-    """Return a port that was free just now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
+    """Return a free port, from below those that systems give to sockets that ask for any.
+
+    One of those may be somebody's before nginx has it; and a connection to it may be its own peer.
+    """
+    for port in random.sample(range(20_000, 32_000), 100):
+        with contextlib.suppress(OSError):
+            socket.create_server(("127.0.0.1", port)).close()
+            return port
+    pytest.fail("no port between 20,000 and 32,000 is free")
 
 
 @contextlib.contextmanager
@@ -58,9 +67,9 @@ def run_nginx(folder, port, bridge_port):
             return True
 
     try:
-        wait_until(is_up, 20)
+        wait_until(is_up, 60)
         yield
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
         process.stderr.close()
