@@ -8466,15 +8466,15 @@ class _Opener(http.server.BaseHTTPRequestHandler):
             bridge_log.debug("%s: handshake failed: %s", self.client_address[0], error)
             gateway.on_handshake_failed(self.client_address[0], isinstance(error, socket.timeout))
             return
-        connection = HttpConnection(gateway, RequestParser(), self.client_address[0])
+        parser = RequestParser()
         try:
-            self._read_first_head(sock, connection._parser)
+            self._read_first_head(sock, parser)
         except OSError as error:
-            bridge_log.debug("%s: gone before its first request: %s", connection.address, error)
-            gateway.open.leave(connection.address)
+            bridge_log.debug("%s: gone before its first request: %s", self.client_address[0], error)
+            gateway.open.leave(self.client_address[0])
             sock.close()
             return
-        gateway.adopt(connection, sock)
+        gateway.adopt(sock, self.client_address[0], parser)
 
     def finish(self) -> None:
         """Leave the socket alone: it is the loop's now."""
@@ -8496,6 +8496,59 @@ class _Opener(http.server.BaseHTTPRequestHandler):
         if not data:
             raise ConnectionError("closed without a request")
         parser.feed(data)
+
+
+class _Handshake:
+    """A TLS handshake without a thread of its own. On the loop; it ends within HANDSHAKE_S."""
+
+    def __init__(self, gateway: "Bridge", sock: ssl.SSLSocket, address: str) -> None:
+        self._gateway, self._sock, self._address = gateway, sock, address
+        self._timer = gateway.loop.call_later(HANDSHAKE_S, self.end, True)
+        gateway.handshakes.add(self)
+        self._go_on()
+
+    @classmethod
+    def begin(cls, gateway: "Bridge", tls: ssl.SSLContext, sock: socket.socket, address: str
+              ) -> None:
+        """Let the loop open a connection. Any thread."""
+        sock.setblocking(False)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            secure = tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        except OSError:                           # it has gone already
+            sock.close()
+            gateway.on_handshake_failed(address, False)
+            return
+        gateway.call_or_close(secure, cls, gateway, secure, address)
+
+    def end(self, too_slow: bool) -> None:
+        """Give it up."""
+        self._leave()
+        self._sock.close()
+        self._gateway.on_handshake_failed(self._address, too_slow)
+
+    def _go_on(self) -> None:
+        loop, watched = self._gateway.loop, self._sock.fileno()
+        loop.remove_reader(watched)
+        loop.remove_writer(watched)
+        try:
+            self._sock.do_handshake()
+        except ssl.SSLWantReadError:
+            loop.add_reader(watched, self._go_on)
+        except ssl.SSLWantWriteError:
+            loop.add_writer(watched, self._go_on)
+        except OSError as error:
+            bridge_log.debug("%s: handshake failed: %s", self._address, error)
+            self.end(False)
+        else:
+            self._leave()
+            self._gateway.adopt(self._sock, self._address)
+
+    def _leave(self) -> None:
+        self._timer.cancel()
+        for remove in (self._gateway.loop.remove_reader, self._gateway.loop.remove_writer):
+            remove(self._sock.fileno())
+        self._gateway.handshakes.discard(self)
 
 
 class _Listener(http.server.ThreadingHTTPServer):
@@ -8529,12 +8582,11 @@ class _Listener(http.server.ThreadingHTTPServer):
                 return
             except RuntimeError:                  # the system gives us no more threads
                 self._opening.release()
-        if self.tls is None:                      # nothing in it blocks: the loop can do it all
-            connection = HttpConnection(self.gateway, RequestParser(), client_address[0])
-            self.gateway.adopt(connection, socket.socket(fileno=request.detach()))
+        # slow clients have all threads: the loop does it, which costs it time, but shuts nobody out
+        if self.tls is None:
+            self.gateway.adopt(socket.socket(fileno=request.detach()), client_address[0])
         else:
-            self.gateway.open.leave(client_address[0])
-            self._refuse(request, Unavailable(limit="connections"))
+            _Handshake.begin(self.gateway, self.tls, request, client_address[0])
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a connection. Without free files for it, wait: it would be tried again at once."""
@@ -9010,6 +9062,7 @@ class Bridge:
         own = {socket.gethostname(), socket.gethostname().partition(".")[0], host, *allow_hosts}
         self._authenticator = Authenticator(tokens, own)
         self.connections: Set[HttpConnection] = set()            # the loop's
+        self.handshakes: Set[_Handshake] = set()  # the loop's
         self.open = ConnectionLimit(open_file_room())            # for every connection, first
         self._rates = RateLimit()
         self.stopping = False                     # set by stop(), read everywhere
@@ -9091,11 +9144,17 @@ class Bridge:
         if self._on_end is not None:
             self.loop.call_later(SWEEP_S, self._on_end)
 
-    def adopt(self, connection: HttpConnection, sock: socket.socket) -> None:
-        """Give an opened connection to the loop. Any thread."""
+    def adopt(self, sock: socket.socket, address: str, parser: Optional[RequestParser] = None
+              ) -> None:
+        """Give an opened connection to the loop, and what has read its first bytes. Any thread."""
+        connection = HttpConnection(self, parser or RequestParser(), address)
+        self.call_or_close(sock, self._adopt, connection, sock)
+
+    def call_or_close(self, sock: socket.socket, function: Callable[..., Any], *args: Any) -> None:
+        """Call a function on the loop; close the socket when that has ended. Any thread."""
         try:
-            self.loop.call_soon_threadsafe(self._adopt, connection, sock)
-        except RuntimeError:                      # the loop is closed: the bridge has ended
+            self.loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:                      # so has the bridge
             sock.close()
 
     # -- exchanges; called by connections
@@ -9276,6 +9335,8 @@ class Bridge:
         self._hub.close()
         for link in [*self._registry.links.values(), *self._registry.unregistered]:
             link.close(CloseCode.GOING_AWAY, "the bridge ends")
+        for handshake in list(self.handshakes):
+            handshake.end(False)
         await asyncio.sleep(0)                    # closing connections write their last bytes
         for connection in list(self.connections):
             connection.channel.close("the bridge ends")

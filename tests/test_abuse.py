@@ -296,6 +296,41 @@ def test_slow_tls_handshakes_delay_nobody_and_are_ended(tokens, certificate, mon
     assert bridge.stop()
 
 
+def test_slow_tls_handshakes_that_have_all_threads_shut_nobody_out(tokens, certificate,   # noqa: F811
+                                                                   monkeypatch):
+    monkeypatch.setattr(radical_edge, "MAX_OPENING", 3)
+    monkeypatch.setattr(radical_edge, "HANDSHAKE_S", 600.0)      # whoever is slow here, has time
+    cert, key, _ = certificate
+    bridge = radical_edge.Bridge(port=0, tokens=tokens[0], cert=cert, key=key).start()
+    slow = [socket.create_connection(bridge._listener.server_address, timeout=60) for _ in range(30)]
+    wait_until(lambda: len(bridge.handshakes) == 27)
+    context = ssl.create_default_context(cafile=cert)
+    for number in range(10):
+        sock = socket.create_connection(bridge._listener.server_address, timeout=60)
+        client = Raw(None, tokens[1]["admin"], context.wrap_socket(sock, server_hostname="127.0.0.1"))
+        assert client.request("GET", "/edges")[0] == 200
+        assert client.request("POST", "/auth", b" " * 50_000)[0] == 400
+        client.close()
+    junk = socket.create_connection(bridge._listener.server_address, timeout=60)
+    junk.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    with contextlib.suppress(ConnectionError):
+        assert not junk.recv(100).startswith(b"HTTP/1.1 2")
+    junk.close()
+    slow[-1].close()                              # who goes is forgotten at once, the others in time
+    wait_until(lambda: len(bridge.handshakes) == 26 and bridge.open.total == 29)
+    late = list(bridge.handshakes)[:20]
+    for handshake in late:
+        bridge.loop.call_soon_threadsafe(handshake.end, True)
+    wait_until(lambda: len(bridge.handshakes) == 6 and bridge.open.total == 9)
+    counted = ("limited_total", 'limit="handshake-time"')
+    assert bridge.records.counters._counts[counted] == 20
+    for sock in slow[:3]:                         # those that have threads, which end so
+        sock.close()
+    assert bridge.stop() and not bridge.handshakes
+    for sock in slow:
+        sock.close()
+
+
 def test_ten_thousand_idle_connections_cost_little_and_delay_nobody(start, home):        # noqa: F811
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needs("system", hard == resource.RLIM_INFINITY or hard >= 12_000, "12,000 open files")
