@@ -118,6 +118,8 @@ BRIDGE_NAME = "bridge"         # the name under which the bridge's own plugins a
 MAX_TARGET = 8 * 1024          # bytes of a request line; RFC 9112, section 3, asks for 8000 or more
 MAX_HEAD = 32 * 1024           # bytes of a request or response head
 MAX_FIELDS = 100               # field lines in one head
+HEADS_KEPT = 256               # heads and paths of each kind that are known without being parsed again
+MAX_KEPT_HEAD = 2048           # bytes of one
 MAX_CHUNK_LINE = 256           # bytes of a chunk-size line with its extensions
 MAX_BODY = 64 * 1024 * 1024    # bytes of a body, which wire version 1 holds in memory whole
 MAX_OWN_BODY = 64 * 1024       # bytes of a body for the bridge itself, which asks no token of some
@@ -654,6 +656,20 @@ _FRAMING_FIELDS = frozenset(("transfer-encoding", "content-length", "host"))
 _REASONS = {int(status): status.phrase for status in HTTPStatus}
 
 
+def _remembering(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Let a parser return for the same short text what it returned before: peers repeat themselves.
+
+    What it returns is shared, so that nobody may change it. What it raises is not remembered.
+    """
+    remembered = functools.lru_cache(maxsize=HEADS_KEPT)(parse)
+
+    @functools.wraps(parse)
+    def recall(text: Any) -> Any:
+        return remembered(text) if len(text) <= MAX_KEPT_HEAD else parse(text)
+
+    return recall
+
+
 def _is_field(name: Any, value: str) -> bool:
     return (isinstance(name, str) and _FIELD_NAME.fullmatch(name) is not None
             and _FIELD_VALUE.fullmatch(value) is not None and value.isprintable())
@@ -684,6 +700,12 @@ def parse_fields(lines: Iterable[bytes]) -> Dict[str, str]:
     return fields
 
 
+@_remembering
+def _parse_field_block(block: bytes) -> Dict[str, str]:
+    """Return what parse_fields() does for the lines of a whole block."""
+    return parse_fields(block.split(b"\r\n")) if block else {}
+
+
 def connection_options(fields: Dict[str, str]) -> Set[str]:
     """Return the lower-case options of the Connection field (RFC 9110, section 7.6.1)."""
     connection = fields.get("connection")
@@ -693,11 +715,12 @@ def connection_options(fields: Dict[str, str]) -> Set[str]:
 class RequestHead:
     """A request's head. `target` is what was asked for, `path` and `query` are its parts.
 
-    length: bytes of the body, or None when it is chunked.
+    length: bytes of the body, or None when it is chunked. forwarded: the fields that concern
+    neither this connection nor the bridge alone. It never changes: requests may share it.
     """
 
     __slots__ = ("method", "target", "path", "query", "fields", "length", "keep_alive", "is_http10",
-                 "host")
+                 "host", "forwarded")
 
     def __init__(self, method: str, target: str, minor: int, fields: Dict[str, str]) -> None:
         self.method = method
@@ -711,6 +734,9 @@ class RequestHead:
         options = connection_options(fields)
         self.keep_alive = "keep-alive" in options if self.is_http10 else "close" not in options
         self.length = self._body_length()
+        self.forwarded = {name: value for name, value in fields.items()
+                          if name not in NOT_FORWARDED and name not in options
+                          and not name.startswith("x-forwarded-")}
 
     def _origin_form(self, target: str) -> str:
         """Accept the absolute form, as a server must; its host counts (RFC 9112, section 3.2.2)."""
@@ -745,6 +771,7 @@ class RequestHead:
         return self.fields.get("expect", "").lower() == "100-continue" and not self.is_http10
 
 
+@_remembering
 def parse_request_head(head: bytes) -> RequestHead:
     """Return the request head in `head`, which ends before its empty line.
 
@@ -759,7 +786,7 @@ def parse_request_head(head: bytes) -> RequestHead:
     if match[3] != b"1":
         raise EdgeError("only HTTP/1.0 and HTTP/1.1 are spoken here",
                         HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
-    fields = parse_fields(rest.split(b"\r\n")) if rest else {}
+    fields = _parse_field_block(rest)
     minor = int(match[4])
     if minor and "host" not in fields:
         raise BadRequest("an HTTP/1.1 request needs one Host field (RFC 9112, section 3.2)")
@@ -820,7 +847,9 @@ class RequestParser:
 
     def _parse_head(self) -> Optional[RequestHead]:
         buffer = self._buffer
-        while buffer[:2] == b"\r\n":              # empty lines are ignored (RFC 9112, 2.2)
+        if not buffer:
+            return None
+        while buffer.startswith(b"\r\n"):         # empty lines are ignored (RFC 9112, 2.2)
             del buffer[:2]
         end = buffer.find(b"\r\n\r\n", 0, MAX_HEAD + 4)
         if end < 0:
@@ -929,7 +958,16 @@ def parse_response_head(buffer: bytes) -> Optional[Tuple[int, Dict[str, str], by
 
 def encode_response_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
     """Return a response's status line, field lines and empty line. The fields must be checked."""
-    lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
+    return join_response_head(status, encode_field_lines(fields))
+
+
+def encode_field_lines(fields: Iterable[Tuple[str, str]]) -> str:
+    """Return the field lines of a head, as text."""
+    return "".join([f"{name}: {value}\r\n" for name, value in fields])
+
+
+def join_response_head(status: int, lines: str) -> bytes:
+    """Return what encode_response_head() does, with field lines that are encoded already."""
     head = f"HTTP/1.1 {status} {_REASONS.get(status, '')}\r\n{lines}\r\n"
     return head.encode("latin-1", "replace")
 
@@ -939,8 +977,9 @@ def encode_chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def parse_path(path: str) -> List[str]:
-    """Return the decoded segments of an absolute path: "/a/b%20c" is ["a", "b c"].
+@_remembering
+def parse_path(path: str) -> Tuple[str, ...]:
+    """Return the decoded segments of an absolute path: "/a/b%20c" is ("a", "b c").
 
     Raises BadRequest for dot segments, NUL, control characters and what is not UTF-8. A segment may
     hold "/" after decoding: it is a value, and no file name.
@@ -954,7 +993,7 @@ def parse_path(path: str) -> List[str]:
     for part in segments:
         if part in (".", "..") or not (part.isprintable() or not part):
             raise BadRequest("the path has a '.' or '..' segment or a control character")
-    return segments
+    return tuple(segments)
 
 
 def parse_query(query: str) -> Dict[str, str]:
@@ -1294,12 +1333,17 @@ _WIRE_NUMBER = struct.Struct("!Q")
 
 
 class WireFrame(NamedTuple):
-    """A frame of version 2. `end`: the stream's body ends with this one."""
+    """A frame of version 2. `end`: the stream's body ends with this one. `text`: of its head."""
     kind: Kind
     end: bool
     stream: int
-    head: List[Any]
+    text: bytes
     body: Union[bytes, memoryview]
+
+    @property
+    def head(self) -> List[Any]:
+        """The JSON array that `text` is. Raises ProtocolError when it is none."""
+        return parse_wire_head(self.text)
 
     @property
     def number(self) -> int:
@@ -1327,7 +1371,7 @@ def encode_wire_number(kind: int, stream: int, number: int) -> bytes:
 def parse_wire(payload: bytes) -> Optional[WireFrame]:
     """Return the frame in a binary message; None for a kind that later versions may have.
 
-    Raises ProtocolError when it is cut short or its head is not a JSON array.
+    Raises ProtocolError when it is cut short.
     """
     if len(payload) < _WIRE_PREFIX.size:
         raise ProtocolError("binary message is cut short")
@@ -1335,16 +1379,23 @@ def parse_wire(payload: bytes) -> Optional[WireFrame]:
     kind, at = _KINDS.get(number), _WIRE_PREFIX.size + size
     if kind is None:
         return None
-    head: Any = []
-    if size:
-        try:
-            head = _parse_json(payload[_WIRE_PREFIX.size:at].decode())
-        except (ValueError, RecursionError):
-            head = None
-    if len(payload) < at or not isinstance(head, list):
-        raise ProtocolError("head that is no JSON array", CloseCode.INVALID_DATA)
+    if len(payload) < at:
+        raise ProtocolError("head that is cut short", CloseCode.INVALID_DATA)
     body = payload[at:] if len(payload) - at < READ_SIZE else memoryview(payload)[at:]
-    return WireFrame(kind, bool(flags & 1), stream, head, body)
+    return WireFrame(kind, bool(flags & 1), stream, payload[_WIRE_PREFIX.size:at], body)
+
+
+def parse_wire_head(text: bytes) -> List[Any]:
+    """Return the head of a version 2 frame. Raises ProtocolError when it is no JSON array."""
+    if not text:
+        return []
+    try:
+        head = _parse_json(text.decode())
+    except (ValueError, RecursionError):
+        head = None
+    if not isinstance(head, list):
+        raise ProtocolError("head that is no JSON array", CloseCode.INVALID_DATA)
+    return head
 
 
 def parse_fields_object(headers: Any) -> Dict[str, str]:
@@ -1768,6 +1819,10 @@ class Channel:
             if self._closed:
                 return
             waiting = bool(self._unsent)
+            if not waiting and len(pieces) == 1:  # the socket takes it whole, nearly always
+                pieces = self._send_now_locked(pieces[0])
+                if not pieces:
+                    return
             for piece in pieces:
                 self._unsent.append(memoryview(piece))
                 self._unsent_size += len(piece)
@@ -1915,6 +1970,16 @@ class Channel:
         except OSError as error:
             return str(error)
         return None
+
+    def _send_now_locked(self, piece: Union[bytes, memoryview]) -> Tuple[memoryview, ...]:
+        """Send what the socket takes of a piece; return the rest, and leave errors to the next try.
+        """
+        try:
+            sent = self._sock.send(piece)
+        except OSError:                           # those of _WOULD_BLOCK are some, too
+            sent = 0
+        self.sent += sent
+        return (memoryview(piece)[sent:],) if sent < len(piece) else ()
 
     def _send_some_locked(self) -> int:
         if len(self._unsent) == 1:
@@ -2244,6 +2309,11 @@ class Identity(NamedTuple):
     edges: str = "*"
     expires: Optional[float] = None
 
+    @property
+    def has_expired(self) -> bool:
+        """Whether the token or the sign-in has ended."""
+        return self.expires is not None and self.expires <= time.time()
+
     def may(self, right: str) -> bool:
         """Whether the token's scope grants "look", "use", "register" or "manage"."""
         return self.scope in _GRANTS[right]
@@ -2344,7 +2414,7 @@ class TokenStore:
         self._path = path
         # replaced as a whole and never changed, so that readers need no lock
         self._records: List[Dict[str, Any]] = []
-        self._by_prefix: Dict[str, List[Dict[str, Any]]] = {}
+        self._by_prefix: Dict[str, List[Tuple[str, Identity]]] = {}
         self._stamp: Tuple[int, ...] = (-1,)      # of the file that was read
         self._fixed: List[Dict[str, Any]] = []    # not in the file: RADICAL_BRIDGE_TOKEN
         self.refresh()
@@ -2368,9 +2438,9 @@ class TokenStore:
             return self._find_child(token)
         digest = _digest(token)
         # a hash's prefix tells nothing of the token; the whole is compared in constant time
-        for record in self._by_prefix.get(digest[:8], ()):
-            if hmac.compare_digest(record["hash"], digest):
-                return self._identity(record)
+        for known, identity in self._by_prefix.get(digest[:8], ()):
+            if hmac.compare_digest(known, digest):
+                return None if identity.has_expired else identity
         return None
 
     def find_named(self, name: str) -> Optional[Tuple[Identity, str]]:
@@ -2378,7 +2448,7 @@ class TokenStore:
         for record in self._records + self._fixed:
             if record["name"] == name:
                 identity = self._identity(record)
-                return (identity, record["hash"]) if identity else None
+                return None if identity.has_expired else (identity, record["hash"])
         return None
 
     def is_valid(self, identity: Identity) -> bool:
@@ -2435,15 +2505,17 @@ class TokenStore:
             if _token_id(record["hash"]) == key and hmac.compare_digest(
                     _sign_child(record["hash"], signed).encode(), signature.encode()):
                 maker = self._identity(record)
-                if maker and maker.may("register") and fnmatch.fnmatchcase(edge_name, maker.edges):
+                if not maker.has_expired and maker.may("register") and \
+                        fnmatch.fnmatchcase(edge_name, maker.edges):
                     until = min(int(expires), maker.expires or float("inf"))
                     return Identity(maker.name, Scope.EDGE, edge_name, until)
         return None
 
     def _set(self, records: List[Dict[str, Any]]) -> None:
-        by_prefix: Dict[str, List[Dict[str, Any]]] = {}
+        by_prefix: Dict[str, List[Tuple[str, Identity]]] = {}
         for record in records + self._fixed:
-            by_prefix.setdefault(record["hash"][:8], []).append(record)
+            known = record["hash"], self._identity(record)
+            by_prefix.setdefault(record["hash"][:8], []).append(known)
         self._records, self._by_prefix = records, by_prefix
 
     def _read(self) -> List[Dict[str, Any]]:
@@ -2468,11 +2540,9 @@ class TokenStore:
         self.refresh()
 
     @staticmethod
-    def _identity(record: Dict[str, Any]) -> Optional[Identity]:
-        expires = record.get("expires")
-        if expires is not None and expires <= time.time():
-            return None
-        return Identity(record["name"], Scope(record["scope"]), record.get("edges") or "*", expires)
+    def _identity(record: Dict[str, Any]) -> Identity:
+        return Identity(record["name"], Scope(record["scope"]), record.get("edges") or "*",
+                        record.get("expires"))
 
 
 def parse_lifetime(text: str) -> float:
@@ -4053,6 +4123,7 @@ class _FilePieces:
 
 
 @functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=64)
 def _http_date(seconds: int) -> str:
     """Return an IMF-fixdate (RFC 9110, section 5.6.7), whatever the locale."""
     now = time.gmtime(seconds)
@@ -4092,6 +4163,8 @@ class Router:
     def __init__(self) -> None:
         # by number of segments; replaced as a whole, so that other threads may read it
         self._routes: Dict[int, Tuple[Route, ...]] = {}
+        # those without parameters, by method and segments; likewise
+        self._literal: Dict[Tuple[str, Tuple[str, ...]], Route] = {}
 
     def add(self, method: str, pattern: str, handler: Callable[..., Any],
             right: Optional[str] = None) -> None:
@@ -4106,10 +4179,15 @@ class Router:
         ordered = sorted([*others, route], key=lambda known: [part.startswith("{")
                                                               for part in known.segments])
         self._routes = {**self._routes, size: tuple(ordered)}
+        if "{" not in pattern:
+            self._literal = {**self._literal, (method, segments): route}
 
-    def match(self, method: str, segments: List[str]) -> Tuple[Route, Dict[str, str]]:
+    def match(self, method: str, segments: Tuple[str, ...]) -> Tuple[Route, Dict[str, str]]:
         """Return (route, path parameters). Raises NotFound or MethodNotAllowed."""
         wanted = "GET" if method == "HEAD" else method
+        literal = self._literal.get((wanted, segments))
+        if literal is not None:
+            return literal, {}
         allowed = set()
         for route in self._routes.get(len(segments), ()):
             params = self._match_segments(route.segments, segments)
@@ -4130,7 +4208,8 @@ class Router:
         return sorted(found, key=lambda route: (route.pattern, route.method))
 
     @staticmethod
-    def _match_segments(wanted: Tuple[str, ...], found: List[str]) -> Optional[Dict[str, str]]:
+    def _match_segments(wanted: Tuple[str, ...],
+                        found: Tuple[str, ...]) -> Optional[Dict[str, str]]:
         params = {}
         for pattern, value in zip(wanted, found):
             if pattern == value:
@@ -6244,7 +6323,8 @@ class _Load:
             size = self._calls.pop(call_, None)
             if size is not None:
                 self._held -= size
-                self._streams -= {(call_, "body"), (call_, "answer")}
+                if self._streams:
+                    self._streams -= {(call_, "body"), (call_, "answer")}
 
 
 class _WholeCall(Call):
@@ -6478,8 +6558,8 @@ class _BridgeLink:
         """Send a frame of version 2 to the link that its request came from."""
         mask = self._new_mask()
         if mask is NO_MASK:
-            size = len(head) + len(body)
-            channel.send(encode_frame_head(Opcode.BINARY, size, mask=mask) + head, body)
+            head = encode_frame_head(Opcode.BINARY, len(head) + len(body), mask=mask) + head
+            channel.send(*((head + body,) if len(body) < MAX_RECORD else (head, body)))
         else:
             channel.send(encode_frame(Opcode.BINARY, head + body, mask=mask))
 
@@ -6939,7 +7019,7 @@ _EDGE_FIELDS = frozenset(("content-type", "content-disposition", "content-encodi
 _OUR_FIELDS = frozenset(("x-request-id", "x-content-type-options", "x-frame-options"))
 _LIMIT_STATUSES = frozenset((408, 413, 414, 429, 431, 503))
 # what an edge answers is not ours: no script in it may run with this origin's cookie
-_FOREIGN_POLICY = ("Content-Security-Policy", "sandbox; default-src 'none'")
+_FOREIGN_FIELDS = {"content-security-policy": "sandbox; default-src 'none'"}
 
 # stands in for explorer.html where that is missing
 _PLAIN_PAGE = """<!doctype html>
@@ -7028,13 +7108,50 @@ def _find_explorer() -> Optional[Path]:
     return None
 
 
-def _response_fields(response: Response) -> List[Tuple[str, str]]:
-    """Return the fields that every reply has, and those of this one."""
-    return [("Date", _http_date(int(time.time()))),
-            ("Cache-Control", response.headers.get("cache-control", "no-store")),
-            ("X-Content-Type-Options", "nosniff"),
-            *((name.title(), value) for name, value in response.headers.items()
-              if name != "cache-control")]
+class AnswerHead(NamedTuple):
+    """What stands before an answer's body, but for what differs from one answer to the next.
+
+    lines: of its fields. length, limit: what "content-length" and "x-limit" say, "" for nothing.
+    It never changes: answers may share it.
+    """
+    status: int
+    lines: str
+    length: str
+    limit: str
+
+
+def _make_answer(status: int, fields: Dict[str, str]) -> AnswerHead:
+    """Return the head of an answer with these fields, names in lower case, and those that all have.
+    """
+    lines = [("Cache-Control", fields.get("cache-control", "no-store")),
+             ("X-Content-Type-Options", "nosniff"),
+             *((name.title(), value) for name, value in fields.items()
+               if name not in ("cache-control", "content-length"))]
+    return AnswerHead(status, encode_field_lines(lines), fields.get("content-length", ""),
+                      fields.get("x-limit", ""))
+
+
+def _make_foreign_answer(status: int, fields: Dict[str, str]) -> AnswerHead:
+    """Return the head of an answer of an edge, without what an edge has no say in."""
+    kept = {name: value for name, value in fields.items()
+            if name in _EDGE_FIELDS or name.startswith("x-") and name not in _OUR_FIELDS}
+    return _make_answer(status, {**kept, **_FOREIGN_FIELDS})
+
+
+@_remembering
+def _read_answer(text: bytes) -> AnswerHead:
+    """Return the head of an answer, as a client gets it, from that of a RESPONSE.
+
+    Raises ProtocolError when it makes no sense.
+    """
+    status, headers = [*parse_wire_head(text), None, None][:2]
+    fields = parse_fields_object(headers)
+    answer = _make_foreign_answer(check_status(status), fields)
+    return answer._replace(length=fields.get("content-length", ""))
+
+
+def _encode_date() -> str:
+    return f"Date: {_http_date(int(time.time()))}\r\n"
 
 
 class Exchange:
@@ -7046,13 +7163,14 @@ class Exchange:
 
     __slots__ = ("connection", "head", "segments", "identity", "route", "params", "request_id",
                  "body", "received", "upload", "error", "started", "timeout", "deadline", "begun",
-                 "cancelled", "wire_id", "link", "own_call", "send")
+                 "cancelled", "wire_id", "link", "own_call", "send", "keep_alive")
 
     def __init__(self, connection: "HttpConnection", head: RequestHead, request_id: str,
                  started: float) -> None:
         self.connection, self.head = connection, head
         self.request_id, self.started = request_id, started
-        self.segments: List[str] = []
+        self.keep_alive = head.keep_alive         # whether the connection lasts after the answer
+        self.segments: Tuple[str, ...] = ()
         self.identity: Optional[Identity] = None
         self.route: Optional[Route] = None        # one of the bridge's own; None: for an edge
         self.params: Dict[str, str] = {}
@@ -7070,8 +7188,12 @@ class Exchange:
 
     def respond(self, response: Response) -> None:
         """Answer the client."""
+        self.answer(_make_answer(response.status_code, response.headers), response.body)
+
+    def answer(self, head: AnswerHead, body: bytes) -> None:
+        """Answer the client, with what is encoded already."""
         if not self.cancelled:
-            self.connection.respond(self, response)
+            self.connection.respond(self, head, body)
 
     def fail(self, error: EdgeError) -> None:
         """Answer the client with an error, or let it see that the answer is not whole."""
@@ -7251,26 +7373,25 @@ class HttpConnection:
 
     # -- the answer
 
-    def respond(self, exchange: Exchange, response: Response) -> None:
+    def respond(self, exchange: Exchange, answer: AnswerHead, body: bytes) -> None:
         """Write an answer; then go on with the next request, or close."""
-        body, given = response.body, response.headers.pop("content-length", None)
         length: Union[int, str, None] = len(body)
-        if response.status_code in (204, 304):    # no body, and no length (RFC 9110, section 8.6)
+        if answer.status in (204, 304):           # no body, and no length (RFC 9110, section 8.6)
             body, length = b"", None
-        elif exchange.head.method == "HEAD" and given:           # as long as it would be for GET
-            length = given
-        encoded = self._encode_head(exchange, response, length)
+        elif exchange.head.method == "HEAD" and answer.length:   # as long as it would be for GET
+            length = answer.length
+        encoded = self._encode_head(exchange, answer, length)
         self.channel.send(encoded if exchange.head.method == "HEAD" else encoded + body)
-        if response.status_code in _LIMIT_STATUSES:
-            self._gateway.records.counters.count_limit(response.headers.get("x-limit"))
-        self._end(exchange, response.status_code)
+        if answer.status in _LIMIT_STATUSES:
+            self._gateway.records.counters.count_limit(answer.limit)
+        self._end(exchange, answer.status)
 
-    def begin(self, exchange: Exchange, response: Response) -> None:
-        """Write the head of an answer whose body comes in pieces; "content-length" may be known."""
-        given = response.headers.pop("content-length", "")
+    def begin(self, exchange: Exchange, answer: AnswerHead) -> None:
+        """Write the head of an answer whose body comes in pieces; its length may be known."""
+        given = answer.length
         length = int(given) if given.isascii() and given.isdigit() and len(given) < 19 else None
-        bare = exchange.head.method == "HEAD" or response.status_code in (204, 304)
-        encoded = self._encode_head(exchange, response, length, chunked=not bare)
+        bare = exchange.head.method == "HEAD" or answer.status in (204, 304)
+        encoded = self._encode_head(exchange, answer, length, chunked=not bare)
         self._body_left = 0 if bare else length
         exchange.begun = True
         self._answering, self.deadline = True, self._loop.time() + KEEP_ALIVE_S
@@ -7301,27 +7422,26 @@ class HttpConnection:
             self.channel.send(encode_chunk(b""))
         self._end(exchange, status)
 
-    def _encode_head(self, exchange: Exchange, response: Response, length: Union[int, str, None],
+    def _encode_head(self, exchange: Exchange, answer: AnswerHead, length: Union[int, str, None],
                      *, chunked: bool = False) -> bytes:
-        head = exchange.head
+        is_http10 = exchange.head.is_http10
         if not exchange.received or self._gateway.stopping:      # its body is not read any more
-            head.keep_alive = False
-        fields = _response_fields(response)
-        fields.append(("X-Request-ID", exchange.request_id))
+            exchange.keep_alive = False
+        lines = f"{_encode_date()}{answer.lines}X-Request-ID: {exchange.request_id}\r\n"
         if length is not None:
-            fields.append(("Content-Length", str(length)))
-        elif chunked and head.is_http10:
-            head.keep_alive = False               # the end of the connection is the body's end
+            lines += f"Content-Length: {length}\r\n"
+        elif chunked and is_http10:
+            exchange.keep_alive = False           # the end of the connection is the body's end
         elif chunked:
-            fields.append(("Transfer-Encoding", "chunked"))
-        if not head.keep_alive:
-            fields.append(("Connection", "close"))
-        elif head.is_http10:
-            fields.append(("Connection", "keep-alive"))
-        return encode_response_head(response.status_code, fields)
+            lines += "Transfer-Encoding: chunked\r\n"
+        if not exchange.keep_alive:
+            lines += "Connection: close\r\n"
+        elif is_http10:
+            lines += "Connection: keep-alive\r\n"
+        return join_response_head(answer.status, lines)
 
     def _end(self, exchange: Exchange, status: int) -> None:
-        keep = exchange.head.keep_alive
+        keep = exchange.keep_alive
         self._gateway.on_answered(exchange, status)
         if exchange.upload is not None:
             exchange.upload.stop()
@@ -7440,7 +7560,7 @@ class HttpConnection:
             exchange = self._gateway.open_broken_exchange(self)
         else:
             self._gateway.on_client_gone(exchange)
-        exchange.head.keep_alive = False
+        exchange.keep_alive = False
         self._answering = True
         exchange.fail(error)
         exchange.cancelled = True                 # whatever its handler may still answer
@@ -7580,10 +7700,10 @@ class EventHub:
 
     @staticmethod
     def _encode_head(exchange: Exchange, chunked: bool) -> bytes:
-        fields = _response_fields(Response(media_type="text/event-stream"))
-        fields += [("X-Request-ID", exchange.request_id), ("X-Accel-Buffering", "no")]
-        fields.append(("Transfer-Encoding", "chunked") if chunked else ("Connection", "close"))
-        return encode_response_head(200, fields)
+        answer = _make_answer(200, {"content-type": "text/event-stream", "x-accel-buffering": "no"})
+        framing = "Transfer-Encoding: chunked" if chunked else "Connection: close"
+        return join_response_head(answer.status, f"{_encode_date()}{answer.lines}X-Request-ID: "
+                                                 f"{exchange.request_id}\r\n{framing}\r\n")
 
     def _serve_soon(self) -> None:
         if self._serving:
@@ -7691,15 +7811,6 @@ class LinkRequests:
             exchange.fail(BadGateway(f"the answer of edge {self.link.name!r} could not be read"))
             raise
 
-    @staticmethod
-    def _make_response(status: int, headers: Dict[str, str], body: bytes) -> Response:
-        response = Response(body, status)
-        response.headers.update({name: value for name, value in headers.items()
-                                 if name in _EDGE_FIELDS
-                                 or name.startswith("x-") and name not in _OUR_FIELDS})
-        response.headers.update([_FOREIGN_POLICY])
-        return response
-
 
 class WholeRequests(LinkRequests):
     """Requests of wire version 1: a message each, and one for the answer."""
@@ -7728,7 +7839,7 @@ class WholeRequests(LinkRequests):
             return
         with self._blaming(exchange):
             status, headers, body = parse_response(message)
-            exchange.respond(self._make_response(status, headers, body))
+            exchange.answer(_make_foreign_answer(status, headers), body)
 
 
 class StreamRequests(LinkRequests):
@@ -7818,25 +7929,21 @@ class StreamRequests(LinkRequests):
             self._count_late()
             return
         with self._blaming(exchange):
-            status, headers = [*frame.head, None, None][:2]
-            fields = parse_fields_object(headers)
-            response = self._make_response(check_status(status), fields, bytes(frame.body))
-            if "content-length" in fields:
-                response.headers["content-length"] = fields["content-length"]
+            answer = _read_answer(frame.text)
             if frame.end:
                 self.forget(exchange)
-                exchange.respond(response)
+                exchange.answer(answer, bytes(frame.body))
                 return
-            self._begin(exchange, frame.stream, response)
+            self._begin(exchange, frame.stream, answer)
         if len(frame.body):
             self._on_data(frame)
 
-    def _begin(self, exchange: Exchange, stream: int, response: Response) -> None:
-        status, registry = response.status_code, self.link.registry
-        exchange.connection.begin(exchange, response)
+    def _begin(self, exchange: Exchange, stream: int, answer: AnswerHead) -> None:
+        registry = self.link.registry
+        exchange.connection.begin(exchange, answer)
         download = Download(exchange, lambda: registry.downloads,
                             functools.partial(self._give_credit, stream))
-        self._downloads[stream] = download, status
+        self._downloads[stream] = download, answer.status
         registry.downloads += 1
 
     def _give_credit(self, stream: int, credit: int) -> None:
@@ -8604,11 +8711,11 @@ class _Listener(http.server.ThreadingHTTPServer):
         self.gateway.records.counters.count_limit(error.limit)
         if self.tls is None:
             response = error_response(error)
-            fields = [*_response_fields(response), ("Content-Length", str(len(response.body))),
-                      ("Connection", "close")]
+            answer = _make_answer(response.status_code, {**response.headers, "connection": "close"})
+            lines = f"{_encode_date()}{answer.lines}Content-Length: {len(response.body)}\r\n"
             request.setblocking(False)
             with contextlib.suppress(OSError):    # a few hundred bytes always fit a new socket
-                request.send(encode_response_head(response.status_code, fields) + response.body)
+                request.send(join_response_head(answer.status, lines) + response.body)
         self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -8665,7 +8772,7 @@ class _Routes:
         """
         segments, method = exchange.segments, exchange.head.method
         first = segments[0]
-        if first in _OWN_SEGMENTS or segments == [BRIDGE_NAME, "terminate"]:
+        if first in _OWN_SEGMENTS or segments == (BRIDGE_NAME, "terminate"):
             exchange.route, exchange.params = self.router.match(method, segments)
             right = exchange.route.right
         else:
@@ -8755,7 +8862,7 @@ class _Routes:
         if module is None:
             raise NotFound(f"{edge or 'no connected edge'!r:.80} has no UI module for the plugin "
                            f"{name!r:.80}")
-        return Response(module, headers=dict([_FOREIGN_POLICY]),
+        return Response(module, headers=_FOREIGN_FIELDS,
                         media_type="text/javascript; charset=utf-8")
 
     def _get_metrics(self, _exchange: Exchange) -> Response:
@@ -8883,13 +8990,14 @@ class _OwnCall(Call):
 
     @staticmethod
     def _protect(response: Response) -> Response:
-        response.headers.update([_FOREIGN_POLICY])
+        response.headers.update(_FOREIGN_FIELDS)
         response.headers.pop("cache-control", None)
         return response
 
     def _begin(self, response: Response) -> None:
         self._status = response.status_code
-        self._exchange.connection.begin(self._exchange, response)
+        self._exchange.connection.begin(self._exchange,
+                                        _make_answer(response.status_code, response.headers))
         self._download = Download(self._exchange, lambda: 1, self._window.add)
 
     def _feed(self, piece: bytes, end: bool) -> int:
@@ -9256,11 +9364,7 @@ class Bridge:
         return self._registry.find(name).requests.takes_uploads
 
     def _forwarded_fields(self, exchange: Exchange) -> Dict[str, str]:
-        fields = exchange.head.fields
-        dropped = connection_options(fields)
-        headers = {name: value for name, value in fields.items()
-                   if name not in NOT_FORWARDED and not name.startswith("x-forwarded-")
-                   and name not in dropped}
+        headers = exchange.head.forwarded.copy()
         if exchange.upload is not None and exchange.head.length is not None:
             headers["content-length"] = str(exchange.head.length)
         headers["x-request-id"] = exchange.request_id

@@ -170,7 +170,7 @@ def make_certificate(folder: Path) -> tuple[str, str]:
 class Processes:
     """The servers under test; one line of output says that each is up."""
 
-    def __init__(self, folder: Path, tls: bool) -> None:
+    def __init__(self, folder: Path, tls: bool, root: Path = ROOT) -> None:
         self._folder, self._stack = folder, contextlib.ExitStack()
         self.context = None
         files: tuple[str, ...] = ()
@@ -187,7 +187,7 @@ class Processes:
             self.bare_port = int(self._start([sys.executable, str(bare)], "")[1])
         plugin = folder / "echo_plugin.py"
         plugin.write_text(ECHO_PLUGIN)
-        script = str(ROOT / "radical_edge.py")
+        script = str(root / "radical_edge.py")
         flags = ["--cert", files[0], "--key", files[1]] if tls else []
         self.bridge, line = self._start([sys.executable, script, "--bridge", "--port", "0", *flags],
                                         "bridge: http")

@@ -123,8 +123,9 @@ def fuzz_wire(data):
     if frame is None:
         return
     _or_none(lambda: frame.number)
-    if frame.kind is radical_edge.Kind.RESPONSE:
-        status, fields = [*frame.head, None, None][:2]
+    head = _or_none(lambda: frame.head)
+    if head is not None and frame.kind is radical_edge.Kind.RESPONSE:
+        status, fields = [*head, None, None][:2]
         _or_none(lambda: (radical_edge.check_status(status),
                           radical_edge.parse_fields_object(fields)))
 

@@ -232,7 +232,7 @@ def test_msgpack_of_noise_is_read_or_refused(data):
        st.lists(st.text(), max_size=3) | st.none(), st.binary(max_size=40), st.booleans())
 def test_a_frame_of_version_2_comes_back_as_it_was_encoded(kind, stream, head, body, end):
     frame = radical_edge.parse_wire(radical_edge.encode_wire(kind, stream, head, end=end) + body)
-    assert frame == (kind, end, stream, head or [], body)
+    assert (*frame[:3], frame.head, frame.body) == (kind, end, stream, head or [], body)
 
 
 @few
@@ -241,6 +241,7 @@ def test_a_frame_of_version_2_of_noise_is_read_or_refused(data):
     try:
         frame = radical_edge.parse_wire(data)
         if frame is not None:
+            frame.head
             frame.number
     except ProtocolError:
         pass
