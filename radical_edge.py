@@ -555,9 +555,9 @@ class FrameParser:
         if len(buffer) < end:
             return None
         self._start = end
+        key = bytes(buffer[start:start + 4]) if self._masked else NO_MASK
         with memoryview(buffer) as view:          # a slice of a bytearray would be copied twice
             payload = bytes(view[start + 4 * self._masked:end])
-            key = bytes(view[start:start + 4]) if self._masked else NO_MASK
         return opcode, first >= 0x80, payload if key == NO_MASK else apply_mask(payload, key)
 
     def _check_head(self, first: int, second: int) -> Opcode:
@@ -1518,16 +1518,27 @@ class _LockSelector(selectors.DefaultSelector):
         super().__init__()
         self._token = threading.Lock()            # released: the loop was woken
         self._token.acquire()
+        # whether wake() is needed; changes only while the loop's thread runs callbacks
+        self.waits_on_lock = True
 
-    @property
-    def waits_on_lock(self) -> bool:
-        """Whether wake() is needed. Changes only while the loop's thread runs callbacks."""
-        return len(self.get_map() or ()) <= 1     # None: it is closed
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        """Watch a socket."""
+        key = super().register(fileobj, events, data)
+        self.waits_on_lock = len(self.get_map()) <= 1
+        return key
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        """Watch a socket no more."""
+        key = super().unregister(fileobj)
+        self.waits_on_lock = len(self.get_map()) <= 1
+        return key
 
     def wake(self) -> None:
         """End the select() under way, or else the next one. Any thread."""
-        with contextlib.suppress(RuntimeError):   # released already: the loop will look soon
+        try:
             self._token.release()
+        except RuntimeError:                      # released already: the loop will look soon
+            pass
 
     def select(self, timeout: Optional[float] = None) -> List[Tuple[selectors.SelectorKey, int]]:
         if not self.waits_on_lock:
@@ -1588,8 +1599,10 @@ class LoopThread:
 
     def call(self, function: Callable[..., Any], *args: Any) -> None:
         """Run `function(*args)` on the loop soon. Does nothing once the loop is closed."""
-        with contextlib.suppress(RuntimeError):   # "Event loop is closed": it came too late
+        try:                                      # suppress() would take longer than the call
             self.loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:                      # "Event loop is closed": it came too late
+            pass
 
     def submit(self, coroutine: Any) -> "concurrent.futures.Future[Any]":
         """Run a coroutine on the loop; return the future of its result."""
@@ -3742,6 +3755,13 @@ class Headers(dict):
         if fields:
             super().__init__({name.lower(): value for name, value in fields.items()})
 
+    @classmethod
+    def of_lower(cls, fields: Dict[str, str]) -> "Headers":
+        """Return a copy of fields whose names are in lower case already."""
+        made = cls()
+        made.update(fields)
+        return made
+
     def __getitem__(self, name: str) -> str:
         return super().__getitem__(name.lower())
 
@@ -3841,7 +3861,7 @@ class Request:
                  reader: Optional[BodyReader] = None) -> None:
         self.method = method
         self.path, _, self.query = target.partition("?")
-        self.headers = Headers(headers)
+        self.headers = headers if isinstance(headers, Headers) else Headers(headers)
         self.path_params: Dict[str, str] = {}
         self.user, self.scope, self.app = user, scope, app
         self.request_id = self.headers.get("x-request-id", "-")
@@ -5508,6 +5528,10 @@ class _Hosted:
         return self.thread.stop(STOP_S / 2)
 
 
+# a task begins at once and not in the next turn of its loop, where Python can do that
+_EAGER: Dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+
+
 class PluginHost:
     """Runs plugins and dispatches requests to them, on an edge or on the bridge.
 
@@ -5678,7 +5702,7 @@ class PluginHost:
     def _dispatch(self, call_: Call) -> None:
         try:
             hosted, route, request = self._resolve(call_)
-            if self._once is not None and request.idempotency_key and request.method == "POST":
+            if request.method == "POST" and self._once is not None and request.idempotency_key:
                 repeatable = getattr(route.handler, "radical_edge_repeatable", False)
                 self._once.run(call_, repeatable, lambda outer: self._start(hosted, route, request,
                                                                             outer))
@@ -5728,9 +5752,10 @@ class PluginHost:
         if hosted is None:
             raise NotFound(self._explain_missing(segments[0]))
         route, params = hosted.plugin.router.match(incoming.method, segments[1:])
-        request = Request(incoming.method, incoming.target, incoming.headers, incoming.body,
-                          user=incoming.headers.get("x-forwarded-user"),
-                          scope=incoming.headers.get("x-forwarded-scope", ""), app=self.app,
+        fields = incoming.headers
+        request = Request(incoming.method, incoming.target, Headers.of_lower(fields), incoming.body,
+                          user=fields.get("x-forwarded-user"),
+                          scope=fields.get("x-forwarded-scope", ""), app=self.app,
                           reader=call_.reader)
         policy = self._policy
         if policy.checks_callers:
@@ -5756,7 +5781,9 @@ class PluginHost:
 
     @staticmethod
     def _start_task(hosted: _Hosted, coroutine: Any, call_: Optional[Call] = None) -> None:
-        task = hosted.thread.loop.create_task(coroutine)
+        task = asyncio.Task(coroutine, loop=hosted.thread.loop, **_EAGER)
+        if task.done():                           # a handler that had nothing to wait for
+            return
         hosted.tasks.add(task)                    # the loop itself keeps only a weak reference
         task.add_done_callback(hosted.tasks.discard)
         if call_ is not None:
@@ -6372,8 +6399,8 @@ class _StreamCall(Call):
                  ended: bool) -> None:
         super().__init__(incoming, None if ended else BodyReader(self._on_read))
         self._link, self._channel, self._stream = link, link.channel, stream
-        self._window = SendWindow()
-        self._received = ReceiveWindow()          # of the request's body
+        self._received = None if ended else ReceiveWindow()      # of the request's body
+        self._window: Optional[SendWindow] = None                # of the answer's; set by begin()
         self.is_streaming = False                 # set once the answer's body is on its way
 
     def respond(self, response: Response) -> None:
@@ -6386,6 +6413,9 @@ class _StreamCall(Call):
     def begin(self, response: Response) -> None:
         """Send the status and the fields; the body follows. Raises Unavailable."""
         self._link.load.begin(self)
+        self._window = SendWindow()
+        if self.cancelled:                        # cancel() has looked for the window already
+            self._window.close()
         self.is_streaming = True
         self._link.send_wire(self._channel, self._encode_head(response, end=False))
 
@@ -6424,7 +6454,8 @@ class _StreamCall(Call):
     def cancel(self) -> None:
         """Take notice that nobody waits for the answer."""
         super().cancel()
-        self._window.close()
+        if self._window is not None:
+            self._window.close()
 
     # -- what arrives; on the transport loop
 
@@ -6436,8 +6467,9 @@ class _StreamCall(Call):
         self.reader.feed(frame.body, end=frame.end)
 
     def on_credit(self, credit: int) -> None:
-        """Take leave to send more."""
-        self._window.add(credit)
+        """Take leave to send more, which makes no sense before the answer has begun."""
+        if self._window is not None:
+            self._window.add(credit)
 
     # -- inside
 
@@ -7797,19 +7829,15 @@ class LinkRequests:
         self.link.registry.counters.add("late_responses_total")
         bridge_log.debug("%s: answer to a request that was given up", self.link.name)
 
-    @contextlib.contextmanager
-    def _blaming(self, exchange: Exchange) -> Iterator[None]:
+    def _blame(self, exchange: Exchange, error: Exception) -> None:
         """Answer the exchange when the edge's answer cannot be used: only this request fails."""
-        try:
-            yield
-        except ProtocolError as error:
-            self.cancel(exchange)
+        self.cancel(exchange)
+        if isinstance(error, ProtocolError):
             exchange.fail(BadGateway(f"edge {self.link.name!r} gave an answer that makes no sense: "
                                      f"{error}"))
-        except Exception:                         # ours; the exchange is in no table any more
-            self.cancel(exchange)
-            exchange.fail(BadGateway(f"the answer of edge {self.link.name!r} could not be read"))
-            raise
+            return
+        exchange.fail(BadGateway(f"the answer of edge {self.link.name!r} could not be read"))
+        raise error                               # ours; the exchange is in no table any more
 
 
 class WholeRequests(LinkRequests):
@@ -7837,9 +7865,11 @@ class WholeRequests(LinkRequests):
         if exchange is None:
             self._count_late()
             return
-        with self._blaming(exchange):
+        try:
             status, headers, body = parse_response(message)
             exchange.answer(_make_foreign_answer(status, headers), body)
+        except Exception as error:
+            self._blame(exchange, error)
 
 
 class StreamRequests(LinkRequests):
@@ -7928,13 +7958,15 @@ class StreamRequests(LinkRequests):
         if exchange is None or exchange.begun:
             self._count_late()
             return
-        with self._blaming(exchange):
+        try:
             answer = _read_answer(frame.text)
             if frame.end:
                 self.forget(exchange)
                 exchange.answer(answer, bytes(frame.body))
                 return
             self._begin(exchange, frame.stream, answer)
+        except Exception as error:
+            self._blame(exchange, error)
         if len(frame.body):
             self._on_data(frame)
 
