@@ -10410,17 +10410,17 @@ def main(argv: Optional[List[str]] = None) -> int:
 
     Ends the process itself, with that status, when threads are left; see _end_process().
     """
-    status = _run_safely(make_parser().parse_args(argv))
+    status = _run_safely(argv)
     if threading.active_count() > 1:
         _end_process(status)
     return status
 
 
-def _run_safely(options: argparse.Namespace) -> int:
+def _run_safely(argv: Optional[List[str]]) -> int:
     """Run a command; return the exit status. What was expected to fail is one line of text."""
     try:
         try:
-            return _run(options)
+            return _run(make_parser().parse_args(argv))      # --help writes, too
         finally:
             sys.stdout.flush()
     except BrokenPipeError:                       # the reader (`| head`) has seen enough
