@@ -8997,6 +8997,8 @@ class _FunctionLoop:
 
 _IN_CONCURRENT = 64            # tasks given to `concurrent` at a time, which would start them all
 _IN_FLIGHT_OTHERS = 4096       # to the others, which queue by themselves
+_SAY_RUNNING_EARLY = ("dask", "dragon")           # of what still waits for a worker
+BEGIN_CHECK_S = 0.1            # a program of theirs is RUNNING so soon after it has begun
 
 
 def make_host_backend(host: TaskHost) -> Any:
@@ -9016,8 +9018,10 @@ class LibraryTasks:
         self._queue: Deque[HostTask] = collections.deque()
         self._given: Dict[str, HostTask] = {}     # what the backend has, by the uid it knows
         self._feeding: Optional["asyncio.Task[None]"] = None
+        self._watching: Optional[asyncio.TimerHandle] = None     # of _unbegun
         self._stopping: Set["asyncio.Task[None]"] = set()
         self._functions: Dict[str, Callable[..., Any]] = {}      # by name
+        self._unbegun: Dict[str, HostTask] = {}   # programs in _given that have not begun yet
         self._ending: Set[str] = set()            # what _stop() is about to end, by that uid
         self._begun: Set[int] = set()             # functions whose thread has begun; any thread
         self._stopped: Set[int] = set()           # functions that were to end; any thread. They
@@ -9168,7 +9172,11 @@ class LibraryTasks:
         if task is None or state == "CANCELED" and made["uid"] in self._ending:
             return                                # the latter has ended when its processes have
         if state in ("RUNNING", "AGENT_EXECUTING"):
-            self._host.on_begin(task)
+            if self._name in _SAY_RUNNING_EARLY and "executable" in task.spec:
+                self._unbegun[made["uid"]] = task
+                self._watch_soon()
+            else:
+                self._host.on_begin(task)
         elif state in TASK_FINAL_STATES:
             try:
                 outcome = self._describe(task, made, state)
@@ -9178,6 +9186,7 @@ class LibraryTasks:
 
     def _finish(self, made: Any, outcome: Dict[str, Any]) -> None:
         task = self._given.pop(made["uid"], None)
+        self._unbegun.pop(made["uid"], None)
         if task is not None:
             self._begun.discard(task.number)
             self._host.on_end(task, outcome)
@@ -9185,6 +9194,20 @@ class LibraryTasks:
             if isinstance(tasks, dict) and self._name != "radical_pilot":
                 tasks.pop(made["uid"], None)      # concurrent would keep it for ever
         self._feed_soon()
+
+    def _watch_soon(self) -> None:
+        if self._watching is None and self._unbegun:
+            self._watching = self._loop.call_later(BEGIN_CHECK_S, self._look_for_begun)
+
+    def _look_for_begun(self) -> None:
+        """Tell of programs that have begun: a worker makes the files for their output first."""
+        self._watching = None
+        with contextlib.suppress(OSError):        # there is no such directory yet
+            for name in os.listdir(self._work):
+                task = self._unbegun.pop(name.partition(".")[0], None)
+                if task is not None:
+                    self._host.on_begin(task)
+        self._watch_soon()
 
     def _describe(self, task: HostTask, made: Any, state: str) -> Dict[str, Any]:
         """Return how a task ended; also moves its output. `state` alone says whether it worked."""

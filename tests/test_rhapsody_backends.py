@@ -159,6 +159,26 @@ def test_a_program_that_takes_longer_than_its_timeout_is_ended(session):
     assert not processes_with(mark)
 
 
+def check_waiting_programs(session, tmp_path):
+    """Fill the session's only worker; what waits behind is QUEUED, and its timeout stands still."""
+    uids = [task["uid"] for task in session.submit_tasks(
+        [script(f"while [ ! -e {tmp_path}/go ]; do sleep 0.05; done"),
+         *[script("echo late", timeout=6)] * 3])]
+    wait_until(lambda: session.get_task(uids[0])["state"] == "RUNNING", PATIENCE)
+    waiting = session.wait_tasks(uids[1:], 8)
+    assert [task["state"] for task in waiting] == ["QUEUED"] * 3, waiting
+    (tmp_path / "go").touch()
+    ended = session.wait_tasks(uids, PATIENCE)
+    assert {task["state"] for task in ended} == {"DONE"}, ended
+
+
+def test_a_program_that_waits_for_a_worker_is_queued_and_its_timeout_has_not_begun(
+        edge_with, connect, tmp_path):  # noqa: F811
+    edge_with(find_python("rhapsody"))
+    options = {"n_workers": 1, "threads_per_worker": 1}
+    check_waiting_programs(connect([{"name": "dask", "options": options}]), tmp_path)
+
+
 def test_a_closed_session_leaves_no_process(session, home):
     mark = f"close-{os.getpid()}-{time.time_ns()}"
     session.submit_tasks([script("setsid sleep 1000 & sleep 1000", env={"MARK": mark})])
