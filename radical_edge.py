@@ -5052,6 +5052,9 @@ def load_module(path: Path, name: str) -> types.ModuleType:
     return module
 
 
+WITHOUT_PLUGINS = "none: put plugins.py beside radical_edge.py, or give --plugin-file"
+
+
 def load_builtin_plugins() -> None:
     """Import plugins.py, which stands beside this file; without it there are none built in."""
     path = Path(__file__).resolve().with_name("plugins.py")
@@ -5097,7 +5100,7 @@ def select_plugins(wanted: Optional[Iterable[str]]) -> List[str]:
         found = [part] if part in names else [name for name in names if name.startswith(part)]
         if len(found) != 1:
             raise ValueError(f"-p {part}: fits {' and '.join(found) or 'no plugin'}; "
-                             f"there are: {', '.join(sorted(names)) or 'none'}")
+                             f"there are: {', '.join(sorted(names)) or WITHOUT_PLUGINS}")
         selected.append(found[0])
     return list(dict.fromkeys(selected))
 
@@ -10308,6 +10311,11 @@ class PluginClient:
         """Return what a POST route answers. Raises EdgeError."""
         return self._http.post(self._url(path), json=body).raise_for_status().json()
 
+    def __getattr__(self, name: str) -> Any:
+        hint = "; a plugin's own client class is where the plugin is: import it, or put plugins.py " \
+            "beside radical_edge.py" if type(self) is PluginClient else ""
+        raise AttributeError(f"{type(self).__name__} has no {name!r}{hint}")
+
     def _require_session(self) -> str:
         """Return the session id. Raises RuntimeError without one."""
         if not self._sid:
@@ -10715,8 +10723,8 @@ def _start_edge(options: argparse.Namespace, token: Optional[str], services: Lis
                 find_policy=lambda: _find_policy(options),
                 on_end=None if services else done.set)
     edge.start()
-    print(f"edge: {edge.name}, with {', '.join(sorted(edge.host.describe())) or 'no plugins'}",
-          flush=True)
+    known = "no plugins" if Plugin.get_plugin_names() else f"plugins: {WITHOUT_PLUGINS}"
+    print(f"edge: {edge.name}, with {', '.join(sorted(edge.host.describe())) or known}", flush=True)
     return edge
 
 
@@ -11062,7 +11070,7 @@ def _check_plugins(options: argparse.Namespace) -> bool:
                 print(f"         {remark}")
         host.stop()
     if not names:
-        print("plugin   none: put plugins.py beside radical_edge.py, or give --plugin-file")
+        print(f"plugin   {WITHOUT_PLUGINS}")
     return True
 
 

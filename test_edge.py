@@ -5116,6 +5116,27 @@ def test_help_names_every_option_and_fits_on_a_screen():
         assert any(option in text for option in action.option_strings), action.option_strings
 
 
+def test_the_file_alone_works_and_says_what_is_missing(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT",
+                        shutil.copy(SCRIPT, str(tmp_path / "radical_edge.py")))
+    bridge = start("--bridge", "--port", "0", expect="bridge: http")
+    missing = "none: put plugins.py beside radical_edge.py"
+    url = bridge_url(bridge)
+    start("--edge", "--name", "x", "--url", url, expect=f"edge: x, with plugins: {missing}")
+    wait_until(lambda: "x: no plugins" in run("--list"))
+    assert missing in run("--check")
+    assert missing in run("--edge", "--url", url, "-p", "sysinfo", status=1)
+
+
+def test_a_client_without_the_plugins_class_says_where_it_is(bridge, edge, tokens):
+    with BridgeClient(bridge.url, token=tokens[1]["admin"]) as client:
+        with client.get_edge_client("e1").get_plugin("echo") as echo:
+            assert echo._get("hello")["query"] == {}
+            with pytest.raises(AttributeError, match="no 'hello'.*put plugins.py"):
+                echo.hello()
+            assert not hasattr(echo, "nothing")
+
+
 def test_one_command_starts_bridge_and_edge_and_one_more_runs_a_job(start, home):
     begin = time.monotonic()
     both = start("--bridge", "--edge", "--name", "laptop", "--port", "0", expect="edge: laptop")
