@@ -77,8 +77,8 @@ from radical_edge import (RELAY_NONCE, RESERVED_NAMES, SSH_OPTIONS, TUNNEL_MODES
                           Workers, answer_relay, default_token, delete, encode_digest, encode_json,
                           encode_port_file, forward_option, get, home_dir, is_ssh_host,
                           is_valid_name, make_child_token, make_etag, note_for_audit,
-                          parse_bridge_url, parse_msgpack, post, put, read_private, repeatable,
-                          tunnels_dir, write_private)
+                          parse_bridge_url, parse_msgpack, post, put, read_private, refuse_constant,
+                          repeatable, tunnels_dir, write_private)
 
 __all__ = ["ClusterStatus", "FileExists", "FileMissing", "LocalExecutor", "LucidClient",
            "LucidSession", "OldEdge", "PSIJClient", "PSIJSession", "PilotChild", "PluginLucid",
@@ -10604,17 +10604,13 @@ def _parse_body(data: bytes, is_msgpack: bool) -> Any:
     """Return a request's body. Raises BadRequest. Blocks for long, when it is long."""
     try:
         if not is_msgpack:
-            return json.loads(data, parse_constant=_refuse_constant)
+            return json.loads(data, parse_constant=refuse_constant)
         value = parse_msgpack(data)
         encode_json(value)                        # from here on, tasks travel as JSON
         return value
     except (TypeError, ValueError, RecursionError, ProtocolError) as error:
         raise BadRequest(f"the body is not {'msgpack of JSON values' if is_msgpack else 'JSON'}: "
                          f"{error}") from None
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"there is no {name} in JSON")
 
 
 def _delete_left_session(folder: Path) -> None:

@@ -1213,6 +1213,11 @@ encode_json: Callable[[Any], str] = json.JSONEncoder(
 _parse_json = json.JSONDecoder().decode
 
 
+def refuse_constant(name: str) -> None:
+    """Raise ValueError for NaN, Infinity and -Infinity, which Python takes for JSON."""
+    raise ValueError(f"there is no {name} in JSON")
+
+
 def parse_message(payload: Union[str, bytes]) -> Dict[str, Any]:
     """Return the message in a text frame (JSON) or a binary frame (msgpack): a dict with "type".
 
@@ -3962,7 +3967,7 @@ class Request:
         try:
             if "msgpack" in self.headers.get("content-type", ""):    # radical.edge's clients do it
                 return parse_msgpack(body)
-            return json.loads(body)
+            return json.loads(body, parse_constant=refuse_constant)
         except ProtocolError as error:
             raise BadRequest(f"the body is not msgpack: {error}") from None
         except (ValueError, RecursionError) as error:
@@ -4021,7 +4026,8 @@ class JSONResponse(Response):
     media_type = "application/json"
 
     def encode(self, content: Any) -> bytes:
-        return encode_json(content).encode()
+        # of half a surrogate pair, which UTF-8 has no bytes for, this makes JSON's own \ud800
+        return encode_json(content).encode(errors="backslashreplace")
 
 
 class StreamingResponse(Response):
@@ -7009,7 +7015,7 @@ class Edge:
 
     def _notify(self, plugin_name: str, topic: str, data: Any) -> Optional[WhenSafe]:
         try:
-            body = encode_json(data).encode()
+            body = encode_json(data).encode(errors="backslashreplace")   # as in JSONResponse
         except (TypeError, ValueError, RecursionError) as error:
             edge_log.error("%s: notification %r is not JSON and was dropped: %s", plugin_name,
                            topic, error)

@@ -122,6 +122,10 @@ class EchoPlugin(Plugin):
     async def json(self, request):
         return {"got": await request.json()}
 
+    @post("refuse")
+    async def refuse(self, request):
+        raise radical_edge.Unprocessable(f"no {(await request.json())['text']} here")
+
     @get("say/{sid}/{text}")
     async def say(self, request):
         return await self._forward(request.path_params["sid"], EchoSession.say,
@@ -4177,6 +4181,25 @@ def test_a_body_of_msgpack_is_read_where_json_is(edge, raw):
     assert json.loads(reply[2]) == {"got": {"tasks": {"uid": "t1"}, "n": 7, "on": True}}
     assert_error(client.request("POST", "/e1/echo/json", body[:-1], packed), 400, "msgpack")
     assert_error(client.request("POST", "/e1/echo/json", b"{}", packed), 400, "msgpack")
+
+
+@pytest.mark.parametrize("body", [b'{"a": NaN}', b"[Infinity]", b"-Infinity"])
+def test_a_body_with_a_number_that_json_lacks_is_400(edge, raw, body):
+    assert_error(raw().request("POST", "/e1/echo/json", body), 400, "JSON")
+
+
+@pytest.mark.parametrize("text", ["\ud800", "\udcff", "a\udfffb"])
+def test_half_a_surrogate_pair_goes_through_answers_errors_and_notifications(edge, raw, bridge, text):
+    # it has no UTF-8: an error that quoted one was never answered at all
+    client, body = raw(), json.dumps({"text": text}).encode()
+    reply = client.request("POST", "/e1/echo/json", body)
+    assert (reply[0], json.loads(reply[2])) == (200, {"got": {"text": text}})
+    reply = client.request("POST", "/e1/echo/refuse", body)
+    assert (reply[0], json.loads(reply[2])["detail"]) == (422, f"no {text} here")
+    listener = Listener(raw())
+    edge.host.notify("echo", "odd", {"text": text})
+    told = listener.notification()
+    assert told["topic"] == "odd" and told["data"]["text"].strip("ab") in (text.strip("ab"), "?")
 
 
 def test_the_bridge_that_users_of_radical_edge_have_in_their_home_is_found(home):
