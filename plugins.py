@@ -104,6 +104,7 @@ CPU_WINDOW_S = 0.1             # the shortest time over which CPU use is measure
 MAX_COMMAND_OUTPUT = 1024 * 1024     # bytes
 MAX_ERROR_OUTPUT = 64 * 1024   # bytes of what a program prints as errors; the rest is not kept
 READ_PIECE = 64 * 1024         # bytes; what a pipe holds
+RETRY_S = 10.0                 # what could not be found out once is tried again so much later
 STOP_CHECK_S = 0.5             # a program that runs on is ended so soon after it should be
 KILLED_S = 2.0                 # a program that is killed and does not end is left behind then
 # the edge's, not the job's
@@ -371,6 +372,23 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
+def _send_signal(pids: Iterable[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(OSError):        # it has ended meanwhile
+            os.kill(pid, number)
+
+
+def _start_thread(name: str, function: Callable[..., None], *args: Any) -> threading.Thread:
+    """Return a daemon thread that runs `function(*args)`. Raises Unavailable when there is none."""
+    thread = threading.Thread(target=function, args=args, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        raise Unavailable("the system gives this process no more threads: try again later"
+                          ) from None
+    return thread
+
+
 class _Shared:
     """Runs a slow function once for all who ask meanwhile, and keeps the answer for `fresh` s.
 
@@ -392,23 +410,25 @@ class _Shared:
                 return self._value
             done = self._running
             if done is None:
-                done = self._running = threading.Event()
-                threading.Thread(target=self._run, args=(done,), name="sysinfo-collect",
-                                 daemon=True).start()
+                done = threading.Event()
+                _start_thread("sysinfo-collect", self._run, done)
+                self._running = done
         done.wait(self._patience)
         with self._lock:
             return self._value
 
     def _run(self, done: threading.Event) -> None:
+        fresh = min(self._fresh, RETRY_S)
         try:
             value = self._function()
             with self._lock:
                 self._value = value
+            fresh = self._fresh
         except Exception:                         # the last answer stays; the next call tries again
             log_sysinfo.exception("metrics could not be collected")
         finally:
             with self._lock:
-                self._until = time.monotonic() + self._fresh
+                self._until = time.monotonic() + fresh
                 self._running = None
             done.set()
 
@@ -440,10 +460,7 @@ class _Disks:
         with self._lock:
             thread = self._asking.get(path)
             if thread is None:
-                thread = threading.Thread(target=self._run, args=(path,), daemon=True,
-                                          name="sysinfo-statvfs")
-                self._asking[path] = thread
-                thread.start()
+                thread = self._asking[path] = _start_thread("sysinfo-statvfs", self._run, path)
             return thread
 
     def _run(self, path: str) -> None:
@@ -926,6 +943,12 @@ def _whole(value: Any) -> Optional[int]:
     return None if number is None or math.isinf(number) else int(number)
 
 
+def _count(text: str) -> Optional[int]:
+    """Return a number of Slurm's tables: "64", "64+", or "1K" for what is a multiple of 1024."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)([KMGT]?)\+?", text.strip())
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")) if match else None
+
+
 def _positive(value: Any) -> Optional[int]:
     return _whole(value) or None                  # dates, and ids of arrays: 0 is none
 
@@ -1134,8 +1157,8 @@ def _parse_sinfo_node(node: Dict[str, Any]) -> List[NodeFacts]:
 def parse_sinfo_text(text: str) -> List[NodeFacts]:
     """Return the nodes of `sinfo -h -N -o SINFO_FORMAT`, a line for each in each partition."""
     rows = [line.split("|", 6) for line in text.splitlines()]
-    return [NodeFacts(row[0], 1, frozenset(slurm_states(row[2])), _whole(row[3].rstrip("+")) or 0,
-                      _whole(row[4].rstrip("+")) or 0, parse_gpus(row[5]), _names(row[6]))
+    return [NodeFacts(row[0], 1, frozenset(slurm_states(row[2])), _count(row[3]) or 0,
+                      _count(row[4]) or 0, parse_gpus(row[5]), _names(row[6]))
             for row in rows if len(row) == 7]
 
 
@@ -1271,8 +1294,8 @@ def _parse_job_line(fields: List[str]) -> Dict[str, Any]:
     return _record(JOB_FIELDS, {
         "job_id": job_id, "job_name": name, "user": user, "partition": partition, "state": state,
         "array_job_id": array if is_array else None, "array_tasks": task if is_array else None,
-        "nodes": _whole(nodes), "cpus": _whole(cpus), "gpus": parse_gpus(gres) *
-        (_whole(nodes) or 1), "time_limit": time_limit, "time_used": parse_slurm_duration(used),
+        "nodes": _count(nodes), "cpus": _count(cpus), "gpus": parse_gpus(gres) *
+        (_count(nodes) or 1), "time_limit": time_limit, "time_used": parse_slurm_duration(used),
         "submit_time": parse_slurm_date(submitted), "start_time": None if pending else started,
         "estimated_start": started if pending else None, "end_time": None if pending else ended,
         "priority": _whole(priority), "account": _text(account), "qos": _text(qos),
@@ -1666,17 +1689,20 @@ class _Answers:
         if sum(entry.running is not None for entry in self._kept.values()) >= MAX_COLLECTING:
             raise TooManyRequests(f"the scheduler is asked {MAX_COLLECTING} questions already: try "
                                   "again later")
-        kept.running = _Run(concurrent.futures.Future(), time.monotonic())
-        self._launch(key, kept, kept.running, collect)
-        return kept.running
-
-    def _launch(self, key: Tuple[Any, ...], kept: _Kept, run: _Run,
-                collect: Callable[[], Dict[str, Any]]) -> None:
-        threading.Thread(target=self._run, args=(key, kept, run, collect), daemon=True,
-                         name="queue_info-collect").start()
+        run = _Run(concurrent.futures.Future(), time.monotonic())
+        _start_thread("queue_info-collect", self._run, key, kept, run, collect)
+        kept.running = run
+        return run
 
     def _run(self, key: Tuple[Any, ...], kept: _Kept, run: _Run,
              collect: Callable[[], Dict[str, Any]]) -> None:
+        """Collect, and then go on with who asked for a later answer, in the same thread."""
+        next_run: Optional[_Run] = run
+        while next_run is not None:
+            next_run = self._run_once(key, kept, next_run, collect)
+
+    def _run_once(self, key: Tuple[Any, ...], kept: _Kept, run: _Run,
+                  collect: Callable[[], Dict[str, Any]]) -> Optional[_Run]:
         value, problem = None, None
         try:
             value = collect()
@@ -1692,12 +1718,12 @@ class _Answers:
                 kept.answer = _Answer(value, now)
                 kept.fresh_until = 0.0 if kept.overtaken else now + self._ttl
             kept.running, kept.again, kept.overtaken = kept.again, None, False
-            if kept.running is not None:
-                self._launch(key, kept, kept.running, collect)
+            next_run = kept.running
         if problem is None:
             run.future.set_result(value)
         else:
             run.future.set_exception(problem)
+        return next_run
 
 
 def _log_problem(future: "concurrent.futures.Future[Dict[str, Any]]") -> None:
@@ -2357,7 +2383,8 @@ class PluginQueueInfo(Plugin):
             self.why_disabled = "neither Slurm (squeue) nor PBS (qstat) is found on PATH"
             return False
         fault = self._backend.find_fault()
-        self.why_disabled = f"{self._backend.backend}: {fault}"
+        if fault is not None:
+            self.why_disabled = f"{self._backend.backend}: {fault}"
         return fault is None
 
     async def start(self) -> None:
@@ -2369,6 +2396,8 @@ class PluginQueueInfo(Plugin):
             self._backend.stop()
 
     def _create_session(self, sid: str) -> PluginSession:
+        if self._backend is None:
+            raise NotInstalled("there is no batch system on this machine")
         return QueueInfoSession(sid, self._backend)
 
     def get_job_allocation(self) -> Optional[Dict[str, Any]]:
@@ -2385,7 +2414,8 @@ class PluginQueueInfo(Plugin):
 
     async def is_enabled_endpoint(self, request: Request) -> Any:
         """Answer {"available"}: whether the batch system's programs work now."""
-        return {"available": await self._backend.workers.call(self.is_enabled)}
+        return {"available": self._backend is not None and
+                await self._backend.workers.call(self.is_enabled)}
 
     async def backend_endpoint(self, request: Request) -> Any:
         """Answer {"backend": "slurm" | "pbs" | "none"}."""
@@ -2393,7 +2423,8 @@ class PluginQueueInfo(Plugin):
 
     async def job_allocation_endpoint(self, request: Request) -> Any:
         """Answer {"allocation"}: the one within which the edge runs, or null."""
-        return {"allocation": await self._backend.workers.call(self.get_job_allocation)}
+        return {"allocation": self._backend and
+                await self._backend.workers.call(self._backend.job_allocation)}
 
     async def nodelist_endpoint(self, request: Request) -> Any:
         """Answer {"nodelist"}: the names of that allocation's nodes, [] outside of one."""
@@ -2507,16 +2538,16 @@ def parse_tunnel_mode(value: Any) -> str:
 
 def parse_child_arguments(arguments: List[str]) -> Dict[str, str]:
     """Return what a child's arguments say of "name", "url", "via" and "tunnel"."""
-    found, rest = {}, list(arguments)
+    found, rest = {}, collections.deque(arguments)
     while rest:
-        option, sign, value = rest.pop(0).partition("=")
+        option, sign, value = rest.popleft().partition("=")
         if re.match("-n[^=]", option):            # "-nNAME"
             option, sign, value = "-n", "=", option[2:] + sign + value
         name = _CHILD_OPTIONS.get(option)
         if name == "tunnel" and not sign:
-            value = rest.pop(0) if rest and rest[0] in TUNNEL_MODES else "reverse"
+            value = rest.popleft() if rest and rest[0] in TUNNEL_MODES else "reverse"
         elif name is not None and not sign:
-            value = rest.pop(0) if rest else ""
+            value = rest.popleft() if rest else ""
         if name is not None:
             found[name] = value
     return found
@@ -2622,9 +2653,8 @@ class ReverseSSH:
     def adopt(self, pid: Optional[int], started: Optional[int]) -> bool:
         """Take over the process of an earlier edge, if it still lives; end any other. Blocks."""
         lives = is_same_process(pid, started)
-        for other in self._find():
-            if other != pid or not lives:         # the edge was killed before it wrote this down
-                self._kill(other, signal.SIGKILL)
+        # others: the edge was killed before it wrote this down
+        _send_signal([other for other in self._find() if other != pid or not lives], signal.SIGKILL)
         self.pid, self.started = (pid, started) if lives else (None, None)
         return lives
 
@@ -2656,21 +2686,16 @@ class ReverseSSH:
         return "; ".join(lines[-3:])[-500:] or "it said nothing"
 
     def stop(self) -> None:
-        """End ssh. Blocks for GRACE_S at the most."""
-        if self.pid is None:
-            return
-        end = time.monotonic() + GRACE_S
-        number = signal.SIGTERM
-        while self.is_alive():
-            self._kill(self.pid, number)
-            number = signal.SIGKILL if time.monotonic() > end else signal.SIGTERM
+        """End ssh. Blocks for GRACE_S and KILLED_S at the most."""
+        begin = time.monotonic()
+        while self.pid is not None and self.is_alive():
+            waited = time.monotonic() - begin
+            if waited > GRACE_S + KILLED_S:       # it hangs in the kernel, on a dead file system
+                log_tunnels.error("ssh, process %d, cannot be ended", self.pid)
+                break
+            _send_signal([self.pid], signal.SIGKILL if waited > GRACE_S else signal.SIGTERM)
             time.sleep(0.05)
         self.pid = self.started = None
-
-    @staticmethod
-    def _kill(pid: int, number: int) -> None:
-        with contextlib.suppress(OSError):
-            os.kill(pid, number)
 
     def _find(self) -> List[int]:
         """Return the pids of our ssh processes with this log file."""
@@ -3223,6 +3248,7 @@ START_S = 5.0                  # a job that takes longer to start is QUEUED when
 POLL_S = 0.25                  # jobs of an earlier edge process are looked at so often
 MAX_TAIL = 4096                # bytes of output in a notification
 MAX_READ = 1024 * 1024         # bytes of output in one answer
+MAX_DURATION_S = 10 * 366 * 86400     # of a job; much more than that, the system's calls refuse
 KEEP_JOBS_S = 7 * 86400        # finished jobs whose session is gone are kept so long
 
 FINAL_STATES = frozenset(("COMPLETED", "FAILED", "CANCELED"))
@@ -3247,7 +3273,8 @@ _KINDS: Dict[str, Tuple[str, Callable[[Any], bool]]] = {
               lambda value: isinstance(value, list) and all(map(_is_text, value))),
     "flag": ("true or false", lambda value: isinstance(value, bool)),
     "count": ("a whole number of 1 or more", _is_count),
-    "seconds": ("a number of seconds above 0", lambda value: _is_number(value) and value > 0),
+    "seconds": (f"a number of seconds above 0, at most {MAX_DURATION_S}",
+                lambda value: _is_number(value) and 0 < value <= MAX_DURATION_S),
     "environment": ("an object of strings and numbers", lambda value: isinstance(value, dict) and
                     all(_is_text(key) and key and "=" not in key and
                         (_is_text(item) or _is_number(item)) for key, item in value.items())),
@@ -3374,13 +3401,14 @@ def read_output(path: Path, offset: int, *, complete: bool,
 
     Reading on from the returned offset gives every byte once. A UTF-8 character that is not all
     there yet is left for the next time; at the end of a complete output it becomes U+FFFD, as other
-    wrong bytes do. An offset beyond the end gives "" and the offset back.
+    wrong bytes do. An offset beyond the end gives "" and the offset back; so does what is no file,
+    which jobs may name as well as one: a pipe or a terminal might never give anything.
     """
     try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            data = file.read(limit)
-    except FileNotFoundError:
+        with _open_output(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            data = os.pread(file.fileno(), limit, offset) if offset < size else b""
+    except OSError:
         return "", offset, complete
     at_end = complete and len(data) < limit
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -3391,7 +3419,7 @@ def read_output(path: Path, offset: int, *, complete: bool,
 def read_tail(path: Path, limit: int = MAX_TAIL) -> str:
     """Return the last `limit` bytes of a file, from the begin of a character on. Blocks."""
     try:
-        with open(path, "rb") as file:
+        with _open_output(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - limit))
             data = file.read(limit)
@@ -3400,6 +3428,15 @@ def read_tail(path: Path, limit: int = MAX_TAIL) -> str:
     if size > limit:
         data = data.lstrip(bytes(range(0x80, 0xC0)))    # continuation bytes: half a character
     return data.decode(errors="replace")
+
+
+def _open_output(path: Union[str, Path]) -> Any:
+    """Return a regular file, open to be read. Raises OSError, also for anything else."""
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
 
 
 # -- the local executor
@@ -3648,7 +3685,7 @@ class LocalExecutor:
         if job.state == "UNKNOWN":
             raise Conflict(f"the job was started on {host}: cancel it with an edge there")
         if is_same_process(pid, started):
-            os.kill(pid, signal.SIGTERM)
+            _send_signal([pid], signal.SIGTERM)
         else:
             await self._cancel_orphan(job)
         try:
@@ -3815,7 +3852,7 @@ def _read_claim(folder: Path) -> Tuple[Optional[int], Optional[int], str]:
 async def _end_group(pid: int) -> None:
     """End a process group: SIGTERM, time for its first process to obey, SIGKILL for the rest."""
     started = process_started(pid)
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError, PermissionError):   # the latter: setuid programs
         os.killpg(pid, signal.SIGTERM)
         end = time.monotonic() + GRACE_S
         while is_same_process(pid, started) and time.monotonic() < end:
@@ -3896,7 +3933,7 @@ GONE_S = 60.0                  # a job of which nobody knows anything for so lon
 UNSURE_S = 120.0               # after sbatch had to be killed, the job may still turn up
 MAX_ARGUMENT_IDS = 500         # jobs named on one command line
 MAX_ALONE = 50                 # jobs asked for one by one, when asking for all has failed
-MAX_SUBMITTING = 4             # submissions to one batch system at a time
+MAX_SUBMITTING = 4             # submissions at a time, and as many cancellations, and looks
 
 
 class Verdict(NamedTuple):
@@ -4235,7 +4272,6 @@ class BatchDriver:
         from psij.executors.batch.batch_scheduler_executor import BatchSchedulerExecutorConfig
         self._executor = cls(url=None, config=BatchSchedulerExecutorConfig(work_directory=root))
         self.work_directory: Path = self._executor.work_directory
-        self._slots = threading.BoundedSemaphore(MAX_SUBMITTING)
 
     def make(self, job: Job) -> Any:
         """Return psij-python's form of a job. Raises Unprocessable, which names the field."""
@@ -4263,15 +4299,14 @@ class BatchDriver:
 
         Raises SubmissionUnsure when nobody knows whether the job was taken.
         """
-        with self._slots:
-            try:
-                self._executor.submit(handle)
-            except SchedulerTrouble as error:
-                raise SubmissionUnsure(error.detail) from None
-            except Exception as error:            # psij-python's own
-                reason = str(getattr(error, "exception", None) or error) or type(error).__name__
-                self.clean(handle.id, None)
-                raise Unprocessable(f"job_spec: {self.name} refused the job: {reason}") from None
+        try:
+            self._executor.submit(handle)
+        except SchedulerTrouble as error:
+            raise SubmissionUnsure(error.detail) from None
+        except Exception as error:                # psij-python's own
+            reason = str(getattr(error, "exception", None) or error) or type(error).__name__
+            self.clean(handle.id, None)
+            raise Unprocessable(f"job_spec: {self.name} refused the job: {reason}") from None
         return str(handle.native_id)
 
     def cancel(self, native_id: str) -> None:
@@ -4527,13 +4562,18 @@ class PBSDriver(BatchDriver):
         found = parse_qstat(result.output)
         if result.output.strip() and not found and not self._is_unknown_job(result):
             raise ValueError("no JSON of qstat")
-        self._nodes.update({native_id: verdict.node for native_id, verdict in found.items()
-                            if verdict.node})
         return found
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self._nodes: Dict[str, str] = {}          # by native id
+        self._nodes: Dict[str, str] = {}          # by native id; replaced as a whole
+
+    def ask(self, native_ids: List[str]) -> Dict[str, Verdict]:
+        """Return {native id: verdict} of what qstat knows; raises SchedulerTrouble."""
+        found = super().ask(native_ids)
+        self._nodes = {native_id: verdict.node for native_id, verdict in found.items()
+                       if verdict.node}
+        return found
 
     def find_node(self, native_id: str) -> Optional[str]:
         """Return the first host that qstat named last."""
@@ -4565,11 +4605,14 @@ class BatchExecutors:
     """The jobs of all batch systems, and who looks after them. On one loop.
 
     folder/<job_id>/batch.json holds all that is known of a job: written before it is submitted, and
-    before anything of it is told. The drivers' calls run in threads.
+    before anything of it is told. The drivers' calls run in threads; what runs the batch system's
+    programs, which may hang, has threads of its own, so that it holds up nothing else.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._submitters, self._cancellers, self._lookers = (
+            Workers(f"psij-{what}", MAX_SUBMITTING) for what in ("submit", "cancel", "look"))
         self._lock = threading.Lock()             # one import, one driver of each name
         self._drivers: Dict[str, BatchDriver] = {}               # by name; guarded by _lock
         self.jobs: Dict[str, Job] = {}            # by job_id; the loop's
@@ -4597,6 +4640,8 @@ class BatchExecutors:
         """Stop looking; the jobs go on."""
         for task in [*self._pollers.values(), *self._submitting.values()]:
             task.cancel()
+        for workers in (self._submitters, self._cancellers, self._lookers):
+            workers.stop()
 
     async def submit(self, job: Job) -> None:
         """Submit a job. Raises NotInstalled without psij-python, Unprocessable when refused.
@@ -4617,7 +4662,7 @@ class BatchExecutors:
             raise Conflict("the batch system has not said yet whether it has got the job: look "
                            "again")
         driver = await asyncio.to_thread(self._get, job.executor)
-        await asyncio.to_thread(driver.cancel, job.native_id)
+        await self._cancellers.call(driver.cancel, job.native_id)
         self._look_after(job.executor)
 
     async def never_ran(self, job: Job) -> bool:
@@ -4655,7 +4700,7 @@ class BatchExecutors:
             await asyncio.to_thread(lambda: job.folder.mkdir(parents=True, mode=0o700))
             job.submitted = time.time()
             await self._store(job)                # first: a killed edge must find it again
-            job.native_id = await asyncio.to_thread(driver.submit, handle)
+            job.native_id = await self._submitters.call(driver.submit, handle)
         except SubmissionUnsure as error:
             log_psij.error("%s: %s", job.job_id, error.detail)
             job.note, job.unsure_until = error.detail, time.time() + UNSURE_S
@@ -4673,7 +4718,7 @@ class BatchExecutors:
         if job.job_id in self._submitting:
             return
         try:
-            native_id = await asyncio.to_thread(driver.find, job.job_id, job.submitted)
+            native_id = await self._lookers.call(driver.find, job.job_id, job.submitted)
         except SchedulerTrouble as error:
             job.note = error.detail
             if time.time() > job.submitted + UNSURE_S and job.state != "UNKNOWN":
@@ -4738,7 +4783,7 @@ class BatchExecutors:
         known = [job for job in live if job.native_id is not None]
         if not known:
             return
-        said = await asyncio.to_thread(driver.ask, [job.native_id for job in known])
+        said = await self._lookers.call(driver.ask, [job.native_id for job in known])
         ended = []
         for job in known:
             verdict = said.get(job.native_id)
@@ -4758,7 +4803,7 @@ class BatchExecutors:
                  for job, _ in ended}
         asked = [job for job, verdict in ended if codes[job] is None and (
             verdict is None or verdict.exit_code is None and verdict.state != "CANCELED")]
-        history = await asyncio.to_thread(
+        history = await self._lookers.call(
             driver.ask_history, [job.native_id for job in asked],
             min(job.submitted for job in asked)) if asked else {}
         for job, verdict in ended:
@@ -5968,7 +6013,7 @@ def parse_mtime(value: Any) -> Optional[float]:
     """Return a time in seconds since the epoch, None for none. Raises Unprocessable."""
     if value is None:
         return None
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         seconds = float(value)
         if abs(seconds) < 1e11 and not isinstance(value, bool):
             return seconds
@@ -7553,7 +7598,7 @@ MAX_LISTED = 10_000            # tasks in one answer of list_tasks
 MAX_RETURN = 4 * 1024 * 1024   # bytes of a function's return value, as it is sent
 MAX_EVENT = 64 * 1024          # bytes of a task's end that are told; more is fetched with `task`
 MAX_REPLY = 8 * 1024 * 1024    # bytes of return values in one answer of `wait`
-MAX_TIMEOUT_S = 1e9            # of a task, and of waiting for one
+MAX_TIMEOUT_S = 1e9            # of waiting for a task
 MAX_ERROR = 2048               # characters of an error's text
 MAX_TRACEBACK = 16 * 1024      # characters
 MAX_OUTPUT_TAIL = 64 * 1024    # bytes of stdout and of stderr in an answer of `task`
@@ -7621,8 +7666,6 @@ def parse_task(value: Any, policy: TaskPolicy, where: str) -> Dict[str, Any]:
     plain = {name: item for name, item in given.items() if name not in pickled}
     task = {**_check_fields(plain, {**_TASK_FIELDS, **_AI_FIELDS}, where, f"{where}."), **pickled}
     _check_kind(task, where)
-    if task.get("timeout", 0) > MAX_TIMEOUT_S:
-        raise Unprocessable(f"{where}.timeout: must be at most {MAX_TIMEOUT_S:g} seconds")
     backend = task.get("backend", policy.backends[0])
     task["backend"] = BACKEND_ALIASES.get(backend, backend)
     if task["backend"] not in policy.backends:
@@ -7757,8 +7800,9 @@ def check_tasks(tasks: List[Dict[str, Any]], policy: Policy) -> None:
         policy.check("executors", task["backend"])
         if task.get("executable"):
             settings = task.get("task_backend_specific_kwargs") or {}
+            named = [settings.get(name) for name in ("environment", "env")]
             task["executable"] = policy.check_program(task["executable"], [
-                *(settings.get("environment") or ()), *(settings.get("env") or ())])
+                name for names in named if isinstance(names, dict) for name in names])
         elif task.get("function") and policy.restricts("executables"):
             raise Forbidden("function: the policy of this edge allows only some executables")
 
@@ -8369,12 +8413,6 @@ def end_marked(name: str, value: str, grace: float, patience: float = 0.0) -> No
             _send_signal(set(found) - told, signal.SIGTERM)
             told.update(found)
         time.sleep(0.02)
-
-
-def _send_signal(pids: Iterable[int], number: int) -> None:
-    for pid in pids:
-        with contextlib.suppress(OSError):        # it has ended meanwhile
-            os.kill(pid, number)
 
 
 def run_task_host(folder: str) -> None:
@@ -10781,7 +10819,7 @@ os._exit(0)
 '''
 
 
-class Refused(Exception):
+class PilotRefused(Exception):
     """RADICAL-Pilot did not take what it was given; the text says why."""
 
 
@@ -10809,7 +10847,7 @@ class PilotChild:
         self._reading = asyncio.ensure_future(self._read(reader, process))
 
     async def call(self, operation: str, value: Any, timeout: float = CHILD_CALL_S) -> Any:
-        """Run an operation in the child. Raises Refused, or Unavailable when the child is gone.
+        """Run an operation in the child. Raises PilotRefused, Unavailable when the child is gone.
 
         A child that does not answer within `timeout` seconds is killed: it never will.
         """
@@ -10828,7 +10866,7 @@ class PilotChild:
 
     async def close(self) -> None:
         """Cancel the pilots in good order, then end all that is left; return when it is gone."""
-        with contextlib.suppress(Refused, Unavailable):
+        with contextlib.suppress(PilotRefused, Unavailable):
             await self.call("close", None, CHILD_CLOSE_S)
         self.kill()
         if self._reading is not None:
@@ -10889,7 +10927,7 @@ class PilotChild:
             log_lucid.warning("%s: answer %s of the child came too late", self._folder.name,
                               message["id"])
         elif "error" in message:
-            future.set_exception(Refused(message["error"]))
+            future.set_exception(PilotRefused(message["error"]))
         else:
             future.set_result(message["value"])
 
@@ -11059,8 +11097,8 @@ class LucidSession(PluginSession):
         policy = self._plugin.policy
         policy.check("executors", "radical.pilot")
         if policy.restricts("executables"):
-            if not description.get("executable") or description.get("pre_exec") \
-                    or description.get("post_exec"):
+            if not isinstance(description.get("executable"), str) or not description["executable"] \
+                    or description.get("pre_exec") or description.get("post_exec"):
                 raise Forbidden("description: the policy of this edge allows only some "
                                 "executables, and no pre_exec, post_exec or functions")
             description["executable"] = policy.check_program(description["executable"],
@@ -11233,7 +11271,7 @@ class LucidSession(PluginSession):
                     entry: Tracked) -> None:
         try:
             await child.call(operation, entry.description)
-        except Refused as error:
+        except PilotRefused as error:
             del table[entry.uid]
             raise Unprocessable(f"description: RADICAL-Pilot refuses it: {error}") from None
         except EdgeError:
@@ -11255,7 +11293,7 @@ class LucidSession(PluginSession):
             try:
                 await self._require_child().call(operation, entry.uid)
                 await asyncio.wait_for(entry.ended.wait(), CANCEL_WAIT_S)
-            except Refused as error:
+            except PilotRefused as error:
                 raise Unavailable(f"RADICAL-Pilot did not cancel it: {error}") from None
             except asyncio.TimeoutError:
                 raise Unavailable("it was told to end and has not yet: look again") from None
@@ -11892,8 +11930,8 @@ class ConfigFiles:
             except (EdgeError, OSError) as error:
                 log_xgfabric.warning("%s: left out: %s", path, error)
                 continue
-            found.append({"name": path.stem, "description": str(config.get("description", "")),
-                          "modified": modified})
+            found.append({"name": path.stem, "modified": modified,
+                          "description": str(config.get("description", ""))[:4096]})
         return found
 
     def load(self, name: Any) -> Dict[str, Any]:
@@ -12770,6 +12808,7 @@ class XGFabricSession(PluginSession):
         self._connected: Dict[str, Any] = {}      # edges, as the bridge last told
         self._loop: Optional[asyncio.AbstractEventLoop] = None
         self._run: Optional[WorkflowRun] = None   # the last one, perhaps of an earlier process
+        self._starting = asyncio.Lock()           # a run begins, or is told to stop
         self._ended = asyncio.Event()             # set while no run is under way
         self._ended.set()
 
@@ -12853,15 +12892,11 @@ class XGFabricSession(PluginSession):
             raise Unprocessable(f"workflow: {config['name']!r} has no simulation_task")
         known = builtin_resource(resource) or await asyncio.to_thread(self._files.load, resource)
         resources = dataclasses.asdict(dict_to_resource_config(known))
-        if self.is_busy():
-            raise Conflict("a workflow is running already: stop it first")
-        self._ended.clear()
-        try:
+        async with self._starting:
+            if self.is_busy():
+                raise Conflict("a workflow is running already: stop it first")
             await asyncio.to_thread(self._prepare, config, resources)
-        except BaseException:
-            self._ended.set()
-            raise
-        self._begin()
+            self._begin()
         return {"status": "started", "config": config["name"]}
 
     async def stop_workflow(self) -> Dict:
@@ -12869,9 +12904,10 @@ class XGFabricSession(PluginSession):
 
         "stopping" when that takes longer than STOP_WAIT_S. Raises Conflict when there is no run.
         """
-        if not self.is_busy():
-            raise Conflict("no workflow is running")
-        self._run.record.stop(cancel=True)
+        async with self._starting:
+            if not self.is_busy():
+                raise Conflict("no workflow is running")
+            self._run.record.stop(cancel=True)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._ended.wait(), STOP_WAIT_S)
         return {"status": "stopping" if self.is_busy() else "stopped"}

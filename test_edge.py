@@ -4692,6 +4692,41 @@ def test_a_mount_that_hangs_does_not_hang_the_answer_and_is_asked_once(monkeypat
     wait_until(lambda: disks.measure(mounts)[1]["total"])
 
 
+def test_what_could_not_be_found_out_once_is_tried_again(monkeypatch):
+    # the hardware is looked at once: a failure then was kept for ever
+    monkeypatch.setattr(plugins, "RETRY_S", 0.0)
+    answers = [ValueError("half of /proc"), {"cpu": 1}]
+
+    def detect():
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    shared = plugins._Shared(detect, float("inf"), 10.0, {})
+    assert shared.get() == {}
+    wait_until(lambda: shared.get() == {"cpu": 1})
+    assert shared.get() == {"cpu": 1} and answers == []
+
+
+def test_a_system_without_more_threads_is_503_and_stops_nothing_for_good(monkeypatch):
+    def refuse(_thread):
+        raise RuntimeError("can't start new thread")
+
+    shared, disks = plugins._Shared(lambda: 7, 1.0, 10.0, None), plugins._Disks()
+    answers = plugins._Answers(60.0)
+    mounts = [plugins.Mount("/dev/x", "/", "ext4", "")]
+    asked = (shared.get, lambda: disks.measure(mounts),
+             lambda: answers.get(("info",), lambda: {"queues": {}}))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for ask_it in asked:
+            with pytest.raises(radical_edge.Unavailable, match="no more threads"):
+                ask_it()
+    assert shared.get() == 7 and disks.measure(mounts)[0]["total"]
+    assert answers.get(("info",), lambda: {"queues": {}}) == {"queues": {}}
+
+
 def test_sysinfo_is_asked_through_a_bridge_by_many_at_once(bridge, tokens):
     radical_edge.load_builtin_plugins()
     edge = Edge(bridge.url, "e1", plugins=["sysinfo"], token=tokens[1]["edge"]).start()
@@ -4914,6 +4949,31 @@ def test_a_cancel_at_the_natural_end_leaves_exactly_one_final_state(psij):
 def test_many_jobs_run_at_once(psij):
     ids = [psij.shell(f"echo {number}; sleep 0.5") for number in range(40)]
     assert sorted(int(psij.wait(job_id)["stdout"]) for job_id in ids) == list(range(40))
+
+
+@pytest.mark.parametrize("duration", [1e10, 1e300, 10 ** 400])
+def test_a_walltime_that_no_clock_can_wait_for_is_refused(psij, duration):
+    # the supervisor died of it, with the job running
+    status, value = psij.try_submit(executable="/bin/true", attributes={"duration": duration})
+    assert status == 422 and value["detail"].startswith("attributes.duration: ")
+    job_id = psij.submit(executable="/bin/true",
+                         attributes={"duration": plugins.MAX_DURATION_S})
+    assert psij.wait(job_id)["exit_code"] == 0
+
+
+def test_output_that_is_no_file_or_read_far_behind_its_end_is_empty(psij, tmp_path):
+    # a directory was a 500, a pipe held a thread for ever
+    os.mkfifo(tmp_path / "pipe")
+    assert plugins.read_output(tmp_path / "pipe", 0, complete=True) == ("", 0, True)
+    assert plugins.read_tail(tmp_path / "pipe") == ""
+    status = psij.wait(psij.shell("true", stdout_path=str(tmp_path)))
+    assert (status["state"], status["stdout"]) == ("FAILED", "") and "directory" in status["message"]
+    assert psij.wait(psij.shell("echo x", stdout_path="/dev/null"))["stdout"] == ""
+    job_id = psij.shell("echo hello")
+    psij.wait(job_id)
+    far = psij.status(job_id, f"?stdout_offset={'9' * 18}")
+    assert (far["stdout"], far["stdout_offset"]) == ("", int("9" * 18))
+    assert psij.status(job_id, "?stdout_offset=2")["stdout"] == "llo\n"
 
 
 def test_output_is_read_by_offset_every_byte_once_and_characters_whole(tmp_path):

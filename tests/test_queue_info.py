@@ -25,7 +25,7 @@ import plugins
 from plugins import QueueInfoPBS, QueueInfoSlurm
 from radical_edge import BridgeClient, Edge, EdgeError, PluginHost
 from slurm_cluster import check_job
-from test_edge import SCRIPT, wait_until
+from test_edge import SCRIPT, ask, wait_until
 
 FIXTURES = Path(__file__).resolve().parent / "slurm/fixtures"
 VERSIONS = ("24.11", "22.05")
@@ -237,6 +237,16 @@ def test_shapes_of_other_versions_are_understood():
     job = plugins.parse_squeue({"jobs": [listed]}, 160)[0]
     assert (job["state"], job["signal"], job["exit_code"]) == ("COMPLETING", 9, None)
     assert (job["job_id"], job["time_used"]) == ("6+1", 50)
+
+
+def test_counts_that_slurm_abbreviates_in_its_tables_are_numbers():
+    # 1024 CPUs and what is a multiple of that: "1K", which was no number
+    row = "7|7|N/A|RUNNING|None|alice|wide|a|q|2K|128K|1:00|0:30|1|2|3|9|gres/gpu:4|(null)|n1|job"
+    (job,) = plugins.parse_squeue_text(f"##|{row}\n", "##")
+    assert (job["nodes"], job["cpus"], job["gpus"]) == (2048, 131072, 8192)
+    (node,) = plugins.parse_sinfo_text("wide|n1|idle|1K+|1500K|gpu:4|(null)\n")
+    assert (node.cpus, node.memory) == (1024, 1500 * 1024)
+    assert [plugins._count(text) for text in ("64", " 64+", "", "N/A", "1Q")] == [64, 64] + 3 * [None]
 
 
 def test_one_odd_row_does_not_cost_the_others(caplog):
@@ -466,6 +476,21 @@ def test_answers_are_evicted_the_least_recently_asked_for_first(monkeypatch):
     monkeypatch.setattr(plugins, "MAX_RECORDS", 1)           # each of them has one
     backend.ids(user="b")
     assert [key[2] for key in backend._answers._kept] == ["b"]
+
+
+def test_without_a_batch_system_the_routes_say_so(home, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    host = PluginHost("x", "edge", home / "state", notify=lambda *_: None, changed=lambda: None)
+    monkeypatch.setattr(plugins.PluginQueueInfo, "is_enabled", lambda self: True)
+    host.add(plugins.PluginQueueInfo)
+    try:
+        assert ask(host, "GET", "/queue_info/is_enabled")[1] == {"available": False}
+        assert ask(host, "GET", "/queue_info/job_allocation")[1] == {"allocation": None}
+        assert ask(host, "GET", "/queue_info/backend")[1] == {"backend": "none"}
+        status, value = ask(host, "POST", "/queue_info/register_session", {})
+        assert status == 501 and "no batch system" in value["detail"]
+    finally:
+        assert host.stop()
 
 
 def test_too_many_questions_at_once_are_refused(monkeypatch):

@@ -581,6 +581,28 @@ def test_an_sbatch_that_hangs_is_503_and_the_job_is_found_if_it_turns_up(psij, p
     assert psij.wait(job["job_id"], "ACTIVE")["native_id"] == "77"
 
 
+def test_many_submissions_and_cancels_that_hang_hold_up_no_other_job(psij, programs, tmp_path):
+    """As many threads as asyncio has by itself waited for sbatch: local jobs had none."""
+    job_id = submit(psij)
+    psij.wait(job_id, "ACTIVE")
+    programs(sbatch=f"touch {tmp_path}/hangs.$$; while ! [ -e {tmp_path}/go ]; do sleep 0.1; done; "
+                    "echo Submitted batch job 77",
+             scancel=f"while ! [ -e {tmp_path}/go ]; do sleep 0.1; done")
+    threads = [threading.Thread(target=submit, args=(psij,)) for _ in range(40)]
+    threads += [threading.Thread(target=psij.cancel, args=(job_id,)) for _ in range(40)]
+    try:
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(list(tmp_path.glob("hangs.*"))) == plugins.MAX_SUBMITTING, 30)
+        assert psij.wait(psij.shell("echo local"))["stdout"] == "local\n"
+        assert psij.status(job_id)["state"] == "ACTIVE"
+        assert len(list(tmp_path.glob("hangs.*"))) == plugins.MAX_SUBMITTING
+    finally:
+        (tmp_path / "go").touch()
+        for thread in threads:
+            thread.join(60)
+
+
 @pytest.mark.parametrize("words", ["", "it is done!"])
 def test_an_sbatch_that_names_no_job_is_503_and_the_job_is_looked_for(psij, programs, monkeypatch,
                                                                      words):

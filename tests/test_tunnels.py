@@ -59,6 +59,12 @@ def test_the_arguments_of_a_child_are_read_as_its_own_command_line_reads_them(ar
         assert parsed.tunnel_via == said.get("via")
 
 
+def test_a_child_with_very_many_arguments_is_read_in_one_pass():
+    # each was taken off the front of a list: minutes of the plugin's loop
+    many = ["x"] * 1_000_000
+    assert plugins.parse_child_arguments([*many, "-n", "c1"]) == {"name": "c1"}
+
+
 @pytest.mark.parametrize("given, mode", [
     (None, "none"), (False, "none"), (True, "reverse"), ("none", "none"), ("reverse", "reverse"),
     ("forward", "forward"), ("relay", "relay")])

@@ -280,6 +280,29 @@ def test_bad_requests_are_the_callers_mistake(fabric, tmp_path):
     assert fabric.get_status()["status"] == "idle"
 
 
+def test_a_run_that_is_just_being_written_down_can_be_stopped(fabric, monkeypatch):
+    # it was a 500: there was no run yet that could be told
+    writing, go_on, prepare = threading.Event(), threading.Event(), plugins.XGFabricSession._prepare
+
+    def slowly(*arguments):
+        writing.set()
+        assert go_on.wait(30)
+        prepare(*arguments)
+
+    monkeypatch.setattr(plugins.XGFabricSession, "_prepare", slowly)
+    answers = []
+    threads = [threading.Thread(target=lambda: answers.append(fabric.start_workflow("test")))]
+    threads[0].start()
+    assert writing.wait(30)
+    threads.append(threading.Thread(target=lambda: answers.append(fabric.stop_workflow())))
+    threads[1].start()
+    threading.Timer(0.3, go_on.set).start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(answer["status"] for answer in answers) == ["started", "stopped"]
+    assert fabric.get_status()["status"] in ("cancelled", "failed")
+
+
 def test_without_a_clients_token_a_run_says_what_to_do(fabric, tokens, home):
     for token in ("edge", "nothing that is known", None):
         path = home / ".radical/edge/token"
