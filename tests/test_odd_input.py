@@ -57,7 +57,8 @@ TASK = {"uid": "t", "executable": "/bin/true", "arguments": ["a"], "backend": "l
 FUNCTION = {"function": "os:getpid", "args": [1], "kwargs": {"a": 1}, "_pickled_fields": ["args"]}
 PROMPT = {"prompt": "x", "model": "m", "temperature": 0.5, "max_tokens": 1, "stop_sequences": ["a"]}
 CONFIG = {"name": "c", "description": "d", "local_workspace": "/tmp/w", "cspot_limit": 1,
-          "cspot_woof_url": "woof://x", "num_simulations": 1, "batch_size": 1, "train_models": ["m"],
+          "cspot_woof_url": "woof://x", "num_simulations": 1, "batch_size": 1,
+          "train_models": ["m"],
           "simulation_task": {"executable": "{workflow_path}/x", "arguments": ["{sim_id:03d}"]},
           "training_tasks": {"m": {"executable": "x", "arguments": []}},
           "evaluation_task": {"executable": "x", "arguments": []}, "mock_sensor_data": True}
@@ -96,7 +97,8 @@ POSTS = [
 UNUSABLE = [{"tasks": [FUNCTION]}, {"tasks": [PROMPT]}]
 
 ODD_TEXTS = ["", " ", "-1", "1", "007", "1e400", "nan", "1" * 18, "9" * 18, "9" * 40, "\0", "\n",
-             "..", "../..", "*", "-x", "{x}", "a" * 3000, "\u00e9", "%", "true", "[1]", "a,b", "1_[1-3]"]
+             "..", "../..", "*", "-x", "{x}", "a" * 3000, "\u00e9", "%", "true", "[1]",
+             "a,b", "1_[1-3]"]
 # plugin, method, path and query, in which each {} is one of ODD_TEXTS in turn
 PATHS = [
     ("psij", "GET", "status/{sid}/{}"), ("psij", "POST", "cancel/{sid}/{}"),

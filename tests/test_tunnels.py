@@ -310,7 +310,7 @@ def test_a_child_that_ends_before_its_tunnel_is_up_says_how(psij, tmp_path, monk
     assert submit_child(psij, spec, "forward")[0] == 200
     found = wait_until(lambda: tunnel_of(psij)["status"] == "failed" and tunnel_of(psij), 20)
     assert "FAILED, exit code 3" in found["error"]
-    assert [item for item in psij.said if item.get("status") == "failed"]
+    wait_until(lambda: [item for item in psij.said if item.get("status") == "failed"])
 
 
 # ---------------------------------------------------------------------------
