@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import urllib.request
 
 import pytest
@@ -81,6 +82,30 @@ def test_a_tab_that_is_hidden_gives_its_stream_back_and_then_misses_nothing(stag
     assert subscribers(stage) == 1 and rows(window) == 3
     window.open("#/")
     window.wait_text("2 connected")
+
+
+def test_a_network_or_a_bridge_that_is_silent_is_noticed_and_caught_up_with(stage, window):
+    window.expected = ["ERR_INTERNET_DISCONNECTED", "ERR_TIMED_OUT", "Failed to load resource"]
+    stage.start_edge("site", "-p", "friendly", "--plugin-file", PLUGINS)
+    window.sign_in()
+    window.open("#/events")
+    window.find("#link", "Live")
+    window.cdp("Network.enable")
+    network = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    window.cdp("Network.emulateNetworkConditions", offline=True, **network)
+    window.wait_text("The connection to the bridge is lost", timeout=5)
+    stage.call("POST", "/site/friendly/tell", {"word": "meanwhile"})
+    window.cdp("Network.emulateNetworkConditions", offline=False, **network)
+    window.find(".vrow", "meanwhile")
+    window.find("#link", "Live")
+    os.kill(stage.bridge.process.pid, signal.SIGSTOP)          # its sockets stay open
+    try:
+        window.wait_text("The connection to the bridge is lost", timeout=60)
+    finally:
+        os.kill(stage.bridge.process.pid, signal.SIGCONT)
+    window.find("#link", "Live", timeout=60)
+    stage.call("POST", "/site/friendly/tell", {"word": "afterwards"})
+    window.find(".vrow", "afterwards")
 
 
 def subscribers(stage):
@@ -240,6 +265,27 @@ def test_files_are_uploaded_by_dropping_them(stage, window, tmp_path):
     wait_until(lambda: (stage.home / two.name).read_text() == "newer", 20, "the newer file")
     assert not (stage.home / "folder").exists()
     assert window.run("return location.hash") == "#/e/site/staging"
+
+
+def test_a_download_shows_its_progress_and_can_be_cancelled(stage, window):
+    stage.start_edge("site", "-p", "staging")
+    (stage.home / "large.bin").write_bytes(os.urandom(40_000_000))
+    window.sign_in()
+    window.open("#/e/site/staging")
+    window.find(".vrow", "large.bin")
+    window.cdp("Network.enable")
+    window.cdp("Network.emulateNetworkConditions", offline=False, latency=0,
+               downloadThroughput=2_000_000, uploadThroughput=-1)
+    window.click(".vrow button.main", "large.bin")
+    moving = "section[aria-label='Downloading large.bin']"
+    window.find(moving, "of 40 MB")
+    done = "return parseFloat(document.querySelector(args[0]).querySelector('i').style.width)"
+    first = window.wait(lambda: window.run(done, moving), "some progress")
+    window.wait(lambda: window.run(done, moving) > first, "more progress")
+    window.click(f"{moving} button", "Cancel")
+    window.find(".toast", "cancelled")
+    window.wait(lambda: not window.run("return document.querySelector(args[0])", moving), "its end")
+    assert not (window.downloads / "large.bin").exists()
 
 
 # ---------------------------------------------------------------------------
