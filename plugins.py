@@ -491,6 +491,8 @@ def classify_disk(device: str, fstype: str) -> str:
     if not device.startswith("/dev/"):
         return "unknown"
     name = os.path.basename(os.path.realpath(device))
+    if re.match(r"x?vd[a-z]", name):              # virtual: it says that it turns, whatever it is
+        return "local unknown"
     queue = "queue/rotational"                    # of the whole disk; a partition's is one above
     for path in (f"/sys/class/block/{name}/{queue}", f"/sys/class/block/{name}/../{queue}"):
         rotational = _read(path).strip()
@@ -4261,6 +4263,8 @@ class BatchDriver:
     Raises NotInstalled without psij-python, Unprocessable for a batch system that is not here.
     """
 
+    seconds = 1                                   # of which walltimes are multiples
+
     def __init__(self, name: str) -> None:
         self.name = name
         cls = self._load(name)
@@ -4475,8 +4479,6 @@ class BatchDriver:
             datetime.timedelta(seconds=math.ceil(duration / self.seconds) * self.seconds)
         return made
 
-    seconds = 1                                   # of which walltimes are multiples
-
     def _custom_attributes(self, job: Job) -> Dict[str, Any]:
         """Return the custom attributes with the job's name, which psij-python itself drops."""
         given = job.spec["attributes"].get("custom_attributes", {})
@@ -4491,6 +4493,10 @@ class BatchDriver:
 
 class SlurmDriver(BatchDriver):
     """Slurm, of any version that has squeue -o; accounting is used where there is some."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._nodes: Dict[str, str] = {}          # by native id; replaced as a whole
 
     def ask_history(self, native_ids: List[str], since: float) -> Dict[str, Verdict]:
         """Return what scontrol and sacct say of jobs; whichever is not there says nothing."""
@@ -4511,10 +4517,6 @@ class SlurmDriver(BatchDriver):
     def find_node(self, native_id: str) -> Optional[str]:
         """Return the host where the job's script runs, as squeue said last, or its node file."""
         return self._nodes.get(native_id) or super().find_node(native_id)
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self._nodes: Dict[str, str] = {}          # by native id; replaced as a whole
 
     def ask(self, native_ids: List[str]) -> Dict[str, Verdict]:
         """Return {native id: verdict} of what squeue lists; raises SchedulerTrouble."""
@@ -4558,12 +4560,6 @@ class SlurmDriver(BatchDriver):
 class PBSDriver(BatchDriver):
     """PBS Pro and its like, by the JSON of qstat."""
 
-    def _parse(self, result: Ran) -> Dict[str, Verdict]:
-        found = parse_qstat(result.output)
-        if result.output.strip() and not found and not self._is_unknown_job(result):
-            raise ValueError("no JSON of qstat")
-        return found
-
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self._nodes: Dict[str, str] = {}          # by native id; replaced as a whole
@@ -4578,6 +4574,12 @@ class PBSDriver(BatchDriver):
     def find_node(self, native_id: str) -> Optional[str]:
         """Return the first host that qstat named last."""
         return self._nodes.get(native_id)         # the node file is on the node
+
+    def _parse(self, result: Ran) -> Dict[str, Verdict]:
+        found = parse_qstat(result.output)
+        if result.output.strip() and not found and not self._is_unknown_job(result):
+            raise ValueError("no JSON of qstat")
+        return found
 
     def _custom_attributes(self, job: Job) -> Dict[str, Any]:
         found = super()._custom_attributes(job)

@@ -4595,7 +4595,7 @@ nonsense
 """
 
 
-def test_mounts_are_those_that_hold_data_once_each():
+def test_mounts_are_those_that_hold_data_once_each(monkeypatch):
     nodev = plugins.parse_nodev("nodev\ttmpfs\nnodev\tproc\nnodev\trootfs\nnodev\tnfs4\n"
                                 "nodev\tlustre\nnodev\toverlay\n\text4\n")
     found = {mount.mount: mount.fstype for mount in plugins.parse_mounts(MOUNTS, nodev)}
@@ -4604,6 +4604,10 @@ def test_mounts_are_those_that_hold_data_once_each():
     assert plugins.classify_disk("server:/home", "nfs4") == "shared"
     assert plugins.classify_disk("overlay", "overlay") == "unknown"
     assert plugins.classify_disk("/dev/nosuch", "ext4") == "local unknown"
+    monkeypatch.setattr(plugins, "_read", lambda path: "1\n" if "rotational" in path else "")
+    assert plugins.classify_disk("/dev/sda1", "ext4") == "local hdd"
+    for virtual in ("/dev/vda1", "/dev/xvdb"):    # which say "1" too
+        assert plugins.classify_disk(virtual, "ext4") == "local unknown"
 
 
 def test_memory_and_cpu_are_read_from_proc():

@@ -628,6 +628,20 @@ def test_a_scancel_that_fails_is_told_with_its_words_and_the_job_lives(psij, pro
 # Parsers and rules, without programs
 # ---------------------------------------------------------------------------
 
+def test_the_nodes_of_pbs_jobs_are_those_that_qstat_named_last(programs, home):
+    def tell(job_id, **values):
+        jobs = {"Jobs": {job_id: {"job_state": "R", **values}}}
+        programs(qsub="exit 0", qdel="exit 0", qstat=f"echo '{json.dumps(jobs)}'")
+        return driver.ask([job_id])[job_id].state
+
+    programs(qsub="exit 0", qdel="exit 0", qstat="exit 0")
+    driver = plugins.PBSDriver("pbs")
+    assert tell("1.server", exec_host="n1/0*2+n2/0") == "ACTIVE"
+    assert driver.find_node("1.server") == "n1"
+    tell("2.server")
+    assert driver.find_node("1.server") is driver.find_node("2.server") is None
+
+
 def test_slurms_words_are_read():
     rows = plugins.parse_squeue_states("12|PENDING||Resources\n13|RUNNING|n1|None\n"
                                 "14|TIMEOUT|n1|TimeLimit\n15|CANCELLED|n1|None\n")
