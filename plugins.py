@@ -11951,7 +11951,10 @@ class ConfigFiles:
             raise Unprocessable(f"name: {name!r} is that of a builtin configuration")
         checked = dataclasses.asdict(dict_to_resource_config(data) if "cluster_configs" in data
                                      else dict_to_config(data))
-        text = json.dumps(checked, indent=2) + "\n"
+        try:
+            text = json.dumps(checked, indent=2) + "\n"
+        except TypeError as error:                # bytes, of a body of msgpack
+            raise Unprocessable(f"config: must hold JSON values only: {error}") from None
         path = self._find(name)
         if len(text) > MAX_CONFIG:
             raise Unprocessable(f"config: has more than {MAX_CONFIG} bytes")
