@@ -144,7 +144,7 @@ OUTSIDE = """
         .filter((node) => node.checkVisibility() && !node.matches('.skip') && !scrolls(node))
         .map((node) => [node, node.getBoundingClientRect()])
         .filter(([node, box]) => box.width && (box.right > 361 || box.left < -1
-            || node.matches('button:not(.cut)') && node.textContent.length < 30
+            || node.matches('button:not(.cut), .state') && node.textContent.length < 24
                 && node.scrollWidth > node.clientWidth + 1
             || node === document.documentElement && node.scrollWidth > 360))
         .map(([node, box]) => `${node.outerHTML.slice(0, 100)} to ${Math.round(box.right)}`)"""
