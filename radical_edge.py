@@ -3,9 +3,9 @@
 
 Usage:
 
-    python radical_edge.py --bridge                  the meeting point of clients and edges
-    python radical_edge.py --edge --url URL          on a login or compute node: dials out to it
-    python radical_edge.py --call EDGE/PLUGIN/ROUTE  a client; so are curl and this module
+    python3 radical_edge.py --bridge                  the meeting point of clients and edges
+    python3 radical_edge.py --edge --url URL          on a login or compute node: dials out to it
+    python3 radical_edge.py --call EDGE/PLUGIN/ROUTE  a client; so are curl and this module
 
 Connections:
 
@@ -7069,7 +7069,7 @@ _PLAIN_PAGE = """<!doctype html>
 <h1>Radical Edge</h1>
 <p>This bridge is up. Its page for browsers, explorer.html, is not beside radical_edge.py. The API
 is described in <a href="openapi.json">openapi.json</a>; the command
-<code>python radical_edge.py --list</code> shows which edges are connected.</p>
+<code>python3 radical_edge.py --list</code> shows which edges are connected.</p>
 </html>
 """
 # {scripts} and {styles}: the hashes of what stands in the page itself; nothing else runs, and no
@@ -10341,9 +10341,9 @@ class PluginClient:
 _HELP = f"""\
 Radical Edge {__version__}: reach supercomputers from anywhere, with one Python file.
 
-  python radical_edge.py --bridge --edge                  both, to try it on a laptop
-  python radical_edge.py --edge --url https://HOST:8000   on a login node
-  python radical_edge.py --call EDGE/sysinfo/homedir      ask an edge something
+  python3 radical_edge.py --bridge --edge                  both, to try it on a laptop
+  python3 radical_edge.py --edge --url https://HOST:8000   on a login node
+  python3 radical_edge.py --call EDGE/sysinfo/homedir      ask an edge something
 
 Run:       --bridge  --edge        the meeting point; plugins on this machine; or both
   --url URL[,URL]                  the bridge's address                  [RADICAL_BRIDGE_URL]
@@ -10779,7 +10779,7 @@ def _run_list(options: argparse.Namespace) -> int:
         print(f"{name}: {', '.join(sorted(edge['plugins'])) or 'no plugins'}")
     if not edges:
         print(f"no edge is connected; on the machine to reach, run:\n"
-              f"  python radical_edge.py --edge --url {targets[0].url}")
+              f"  python3 radical_edge.py --edge --url {targets[0].url}")
     return 0
 
 

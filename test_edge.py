@@ -5198,7 +5198,7 @@ def bridge_url(process):
 def test_help_names_every_option_and_fits_on_a_screen():
     text = run("--help")
     assert len(text.splitlines()) <= 36 and max(map(len, text.splitlines())) <= 100
-    assert text.count("python radical_edge.py --") >= 3
+    assert text.count("python3 radical_edge.py --") >= 3
     for action in radical_edge.make_parser()._actions:
         assert any(option in text for option in action.option_strings), action.option_strings
 

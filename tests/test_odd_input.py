@@ -17,7 +17,7 @@ import pytest
 import plugins
 import radical_edge
 from radical_edge import Edge
-from test_edge import make_program, wait_until
+from test_edge import make_program, needs_module, wait_until
 
 # JSON texts, for some of these no Python value can stand
 ODD_VALUES = {
@@ -165,7 +165,7 @@ class Asker:
 
 @pytest.fixture
 def asker(bridge, tokens, home, tmp_path, monkeypatch):
-    pytest.importorskip("psij", reason="needs psij-python")
+    needs_module("psij")
     for name, text in PROGRAMS.items():
         make_program(tmp_path, name, f"#!/bin/sh\n{text}\n")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
