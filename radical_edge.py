@@ -2550,7 +2550,9 @@ class TokenStore:
     @staticmethod
     def _check_record(record: Dict[str, Any]) -> None:
         Scope(record["scope"])
-        if len(bytes.fromhex(record["hash"])) != 32 or not is_valid_name(record["name"]):
+        if len(bytes.fromhex(record["hash"])) != 32 or not is_valid_name(record["name"]) or \
+                not isinstance(record.get("expires") or 0, (int, float)) or \
+                not isinstance(record.get("edges") or "*", str):
             raise ValueError(record["name"])
 
     def _write(self, records: List[Dict[str, Any]]) -> None:
@@ -2763,10 +2765,11 @@ class Authenticator:
         assert self._tokens is not None
         name, _, rest = cookie.partition(":")
         expires, _, signature = rest.partition(":")
-        found = self._tokens.find_named(name) if expires.isdigit() and len(expires) < 12 else None
+        found = self._tokens.find_named(name) if re.fullmatch("[0-9]{1,11}", expires) else None
         if found is None or int(expires) < time.time():
             return None
-        good = hmac.compare_digest(_sign_cookie(name, found[1], int(expires)), signature)
+        good = hmac.compare_digest(_sign_cookie(name, found[1], int(expires)).encode(),
+                                   signature.encode())
         return self._until(found[0], int(expires)) if good else None
 
     @staticmethod

@@ -2759,6 +2759,32 @@ def test_an_edge_that_sends_without_credit_loses_its_link(fake_edge2, raw):
         fake_edge2.hear_wire(radical_edge.Kind.ACK)
 
 
+def test_the_end_of_an_upload_reaches_an_edge_whose_link_is_full(fake_edge2, bridge, raw):
+    client = raw()
+    client.send_request("PUT", "/f2/p/x", headers=[("Transfer-Encoding", "chunked")])
+    stream = fake_edge2.hear_wire(radical_edge.Kind.REQUEST).stream
+    client.send(radical_edge.encode_chunk(b"all of it"))
+    assert fake_edge2.hear_wire(radical_edge.Kind.DATA).body == b"all of it"
+    channel = bridge._registry.links["f2"].channel
+
+    def fill():                                   # with what an edge that knows no such kind ignores
+        while channel.has_room:
+            channel.send(encode_frame(Opcode.BINARY, bytes((99,)) + bytes(1 << 20)))
+
+    bridge._thread.call(fill)
+    wait_until(lambda: not channel.has_room)
+    client.send(radical_edge.encode_chunk(b""))
+    (exchange,) = bridge._registry.links["f2"].requests.pending.values()
+    wait_until(lambda: exchange.received)
+    message = fake_edge2.next_message()
+    while message[1][:1] == bytes((99,)):
+        message = fake_edge2.next_message()
+    frame = radical_edge.parse_wire(message[1])
+    assert (frame.kind, frame.stream, frame.end) == (radical_edge.Kind.DATA, stream, True)
+    fake_edge2.say_wire(radical_edge.Kind.RESPONSE, stream, [200, {}], b"fine", end=True)
+    assert client.reply()[2] == b"fine"
+
+
 @pytest.mark.parametrize("head", [[], [99, {}], ["200", {}], [200, []], [200, {"a b": "c"}],
                                   [200, {"a": "b\r\nc: d"}], [True, {}]])
 def test_an_answer_of_nonsense_on_a_stream_is_502(fake_edge2, raw, head):
@@ -2832,6 +2858,16 @@ def test_a_browser_signs_in_with_a_cookie_that_is_not_the_token(bridge, raw, tok
     wait_until(lambda: client.request("GET", "/edges", headers=signed)[0] == 401)
 
 
+@pytest.mark.parametrize("value", [
+    "admin-1", "admin-1:", "admin-1:\xb2:x", "admin-1:+9:x", "admin-1:99999999999:\xe9",
+    "admin-1:99999999999:", "nobody:99999999999:x", ":::", "\xff"])
+def test_a_cookie_of_nonsense_is_401(bridge, raw, value):
+    client = raw(None)
+    client.send(f"GET /edges HTTP/1.1\r\nHost: 127.0.0.1\r\nCookie: radical_edge={value}\r\n\r\n"
+                .encode("latin-1"))
+    assert_error(client.reply(), 401)
+
+
 def test_other_sites_cannot_use_a_browser_against_the_bridge(bridge, raw, tokens):
     client = raw()
     other = [("Origin", "https://evil.example")]
@@ -2873,6 +2909,11 @@ def test_a_token_file_that_others_can_read_or_that_is_damaged_is_refused(home):
     path.write_text("{not json")
     with pytest.raises(EdgeError, match="damaged"):
         TokenStore(path)
+    good = {"name": "bob", "scope": "read", "hash": "00" * 32}
+    for field in ({"expires": "soon"}, {"edges": 7}, {"scope": "king"}, {"hash": "0"}, {"name": 1}):
+        path.write_text(json.dumps({"tokens": [{**good, **field}]}))
+        with pytest.raises(EdgeError, match="damaged"):
+            TokenStore(path)
 
 
 def test_a_revoked_token_ends_requests_and_links_without_a_restart(edge, bridge, raw, tokens):
