@@ -22,7 +22,7 @@ heartbeats never wait. Every plugin has a thread and loop of its own; its plain 
 in worker threads. A plugin that blocks delays only itself.
 
 What must survive the process (notifications, events, answers) goes through a `Journal`, which has a
-thread that writes, so that a slow or full disk delays nothing else.
+thread that writes, so that a slow or full disk delays nothing but what must be on it first.
 
 The file reads from top to bottom, and each section uses only what stands above it:
 
@@ -1431,6 +1431,11 @@ def check_status(status: Any) -> int:
     if type(status) is not int or not 200 <= status <= 599:
         raise ProtocolError("response without a valid status")
     return status
+
+
+def is_label(value: Any) -> bool:
+    """Whether the name of a plugin or a topic in a notification is short and printable."""
+    return isinstance(value, str) and len(value) <= 256 and value.isprintable()
 
 
 class SendWindow:
@@ -3102,14 +3107,16 @@ class Journal:
 
     SEGMENT = 1024 * 1024      # bytes; a file is deleted when none of its records is needed
     RETRY_S = 1.0              # between attempts to write to a full disk
+    MAX_AHEAD = 1 << 32        # numbers; see outrun()
 
     def __init__(self, folder: Path, *, max_records: int, max_bytes: int,
-                 on_written: Callable[[int], None] = lambda number: None) -> None:
+                 on_written: Callable[[], None] = lambda: None) -> None:
         self._folder, self._on_written = folder, on_written
         self._max_records, self._max_bytes = max_records, max_bytes
         self._lock = threading.Condition()
         self._records: List[Optional[Record]] = []               # guarded by _lock; None: damaged
         self._first = self._next = time.time_ns() // 1_000_000   # guarded by _lock
+        self._fresh = 0                           # guarded by _lock; the first that is our own
         self._size = 0                            # guarded by _lock; of the records
         self._unwritten: List[Record] = []        # guarded by _lock
         self._waiters: Deque[Tuple[int, Callable[[], None]]] = collections.deque()   # likewise
@@ -3125,14 +3132,14 @@ class Journal:
         """Read what earlier processes left, and begin to write. Blocks."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            paths = sorted(path for path in self._folder.glob("*.log") if path.stem.isdigit())
+            paths = sorted(path for path in self._folder.glob("*.log") if path.stem.isdecimal())
         except OSError as error:
             state_log.error("%s: cannot be read, so that nothing is kept: %s", self._folder, error)
             paths = []
         for path in paths:
             self._segments.append((int(path.stem), path))
             self._load(path)
-        self._written = self._next - 1
+        self._written, self._fresh = self._next - 1, self._next
         self._drop_oldest_locked()
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
@@ -3154,6 +3161,11 @@ class Journal:
     def last(self) -> int:
         """The number of the newest record."""
         return self._next - 1
+
+    @property
+    def written(self) -> int:
+        """The number of the newest record on disk, or in memory alone when the disk is full."""
+        return self._written
 
     @property
     def unwritten(self) -> int:
@@ -3187,6 +3199,29 @@ class Journal:
             while self._first <= number and self._first < self._next:
                 self._forget_first_locked()
             self._lock.notify()
+
+    def outrun(self, number: int) -> None:
+        """Give this process's own records numbers above `number`, which an earlier one has used.
+
+        That one was killed before what it had numbered was on disk. A number that is much too far
+        ahead is ignored.
+        """
+        with self._lock:
+            if not self._fresh <= number < self._next + self.MAX_AHEAD:
+                return
+            count = self._next - max(self._fresh, self._first)
+            own = self._records[len(self._records) - count:]
+            del self._records[len(self._records) - count:]
+            self._next -= count
+            self._size -= sum(record.size for record in own)
+            self._skip_to_locked(number + 1)
+            self._fresh, self._unwritten = self._next, []
+            for record in own:
+                self._unwritten.append(record._replace(number=self._next))
+                self._add_locked(self._unwritten[-1])
+            self._lock.notify()
+        state_log.warning("%s: goes on after %d: an earlier process did not get to write down what "
+                          "it had sent", self._folder, number)
 
     def when_written(self, number: int, waiter: Callable[[], None]) -> None:
         """Call `waiter` once the record is safe, perhaps at once, else on the journal's thread."""
@@ -3231,7 +3266,9 @@ class Journal:
         if int(path.stem) > self._next or not self._records:
             self._skip_to_locked(int(path.stem))
         try:
-            lines = path.read_bytes().split(b"\n")[:-1]          # after the last LF: half a record
+            *lines, half = path.read_bytes().split(b"\n")
+            if half:                              # its writer was killed, and we may append here
+                os.truncate(path, path.stat().st_size - len(half))
         except OSError as error:
             state_log.error("%s: cannot be read: %s", path, error)
             return
@@ -3248,7 +3285,8 @@ class Journal:
         head, _, body = line.partition(b"\t")
         try:
             number, *rest = _parse_json(head.decode())
-            return Record(int(number), rest, body) if body else None
+            # no JSON has a NUL, but a file has them where a power cut took what was written
+            return Record(int(number), rest, body) if body and b"\0" not in body else None
         except (ValueError, TypeError):
             return None
 
@@ -3264,8 +3302,10 @@ class Journal:
                 if not self._unwritten and not self._closing:
                     self._lock.wait(self.RETRY_S if failed else None)
                 records, self._unwritten = self._unwritten, []
-                closing, first = self._closing and not records, self._first
-            failed = self._write([item for item in failed if item.number >= first] + records)
+                closing, first, fresh = self._closing and not records, self._first, self._fresh
+            # of those that failed, some are not wanted any more, or have other numbers by now
+            wanted = [item for item in failed if item.number >= max(first, fresh)]
+            failed = self._write(wanted + records)
             self._delete_segments(first)
             self._tell(records)
             if closing:
@@ -3281,9 +3321,7 @@ class Journal:
             if self._descriptor < 0 or self._length > self.SEGMENT:
                 self._open_segment(records[0].number)
             data = b"".join(map(self._encode, records))
-            sent = os.write(self._descriptor, data)
-            if sent < len(data):                  # the rest tells why
-                os.write(self._descriptor, data[sent:])
+            _write_all(self._descriptor, data)
             self._length += len(data)
             if self._failing:
                 state_log.warning("%s: can be written again", self._folder)
@@ -3302,7 +3340,7 @@ class Journal:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         if self._descriptor >= 0:
             os.close(self._descriptor)
-        self._descriptor, self._length = descriptor, 0
+        self._descriptor, self._length = descriptor, os.fstat(descriptor).st_size
         if not self._segments or self._segments[-1][1] != path:  # of an earlier process, if empty
             self._segments.append((number, path))
 
@@ -3331,9 +3369,17 @@ class Journal:
             ready = []
             while self._waiters and self._waiters[0][0] <= self._written:
                 ready.append(self._waiters.popleft()[1])
-        for waiter in ready:
-            waiter()
-        self._on_written(self._written)
+        for waiter in [*ready, self._on_written]:
+            try:
+                waiter()
+            except Exception:                     # somebody else's; the journal must go on
+                state_log.exception("%s: what waited for a record failed", self._folder)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view):]
 
 
 class AuditLog:
@@ -3354,7 +3400,7 @@ class AuditLog:
         self._waiting: List[Dict[str, Any]] = []  # guarded by _lock
         self._closing = False                     # guarded by _lock
         self.dropped = 0                          # guarded by _lock
-        self._failing = False                     # of the log's thread
+        self._failing = False                     # whether that was logged; any thread
         self._thread: Optional[threading.Thread] = None
 
     @property
@@ -3379,11 +3425,12 @@ class AuditLog:
         """Add an entry, of JSON values and with no secret in it; the time is put before it."""
         entry = {"time": time.time(), **entry}
         with self._lock:
-            if len(self._waiting) >= self.MAX_WAITING:
-                self.dropped += 1
-                return
-            self._waiting.append(entry)
-            self._lock.notify()
+            is_full = len(self._waiting) >= self.MAX_WAITING
+            if not is_full:
+                self._waiting.append(entry)
+                self._lock.notify()
+        if is_full:
+            self._on_failure(1, "the disk does not keep up")
 
     def _run(self) -> None:
         while True:
@@ -3404,9 +3451,7 @@ class AuditLog:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(self._path, flags, 0o600)
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view):]
+            _write_all(descriptor, data)
             size = os.fstat(descriptor).st_size
         finally:
             os.close(descriptor)
@@ -3421,7 +3466,7 @@ class AuditLog:
             with contextlib.suppress(FileNotFoundError):
                 os.replace(newer, older)
 
-    def _on_failure(self, count: int, error: OSError) -> None:
+    def _on_failure(self, count: int, error: Union[OSError, str]) -> None:
         with self._lock:
             self.dropped += count
         if not self._failing:
@@ -3480,16 +3525,18 @@ class StateLock:
 
     def _try_to_make(self) -> bool:
         temporary = self._path.with_name(f".lock.{self._owner['key']}")
-        temporary.write_text(self._text, encoding="utf-8")
         try:
-            os.link(temporary, self._path)
-            return True
-        except FileExistsError:
-            return False
-        except OSError:                           # a file system without hard links
-            return self._try_to_create()
+            temporary.write_text(self._text, encoding="utf-8")
+            try:
+                os.link(temporary, self._path)
+                return True
+            except FileExistsError:
+                return False
+            except OSError:                       # a file system without hard links
+                return self._try_to_create()
         finally:
-            os.unlink(temporary)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
 
     def _try_to_create(self) -> bool:
         try:
@@ -3598,6 +3645,8 @@ class EventLog:
     """
 
     BATCH = 64 * 1024          # bytes of events that are sent to a subscriber at once
+    BATCH_LOOK = 4096          # events looked at for it: few of them may be wanted
+    BATCHES = 64               # kept for subscribers that are equally far
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
@@ -3610,9 +3659,9 @@ class EventLog:
         self._journal.open()
         for number in range(self._journal.first, self._journal.last + 1):
             record = self._journal.get(number)
-            if record is not None and len(record.head) == 5:
+            if record is not None and len(record.head) == 5 and isinstance(record.head[4], int):
                 edge, _, _, instance, count = record.head
-                self._remember(str(edge), str(instance), int(count or 0))
+                self._remember(str(edge), str(instance), count)
 
     @property
     def first_id(self) -> int:
@@ -3623,6 +3672,11 @@ class EventLog:
     def last_id(self) -> int:
         """The id of the newest event."""
         return self._journal.last
+
+    @property
+    def last_told(self) -> int:
+        """The id of the newest event that may be told: after a kill -9 its id is not another's."""
+        return min(self._journal.last, self._journal.written)
 
     def seen(self, edge: str, instance: str) -> int:
         """Return the number of the last notification that came from an instance of an edge."""
@@ -3636,7 +3690,6 @@ class EventLog:
             value["number"] = number
             self._remember(edge, instance, number)
         text = encode_json({"topic": "notification", "data": value})
-        self._batches.clear()
         return self._journal.append([edge, plugin_name, topic, instance, number],
                                     text.encode(errors="replace")).number
 
@@ -3653,13 +3706,21 @@ class EventLog:
         wanted: edge, plugin and topic, "" for any. Subscribers that are equally far share it.
         """
         key = (after, wanted)
-        if key not in self._batches:
-            self._batches[key] = self._make_batch(after, wanted)
-        return self._batches[key]
+        batch = self._batches.get(key)
+        if batch is None:
+            batch = self._batches[key] = self._make_batch(after, wanted)
+            if len(self._batches) > self.BATCHES:
+                del self._batches[next(iter(self._batches))]
+        return batch
+
+    def on_written(self) -> None:
+        """Take notice that there is more to tell: batches may be longer now."""
+        self._batches.clear()
 
     def _make_batch(self, after: int, wanted: Tuple[str, str, str]) -> Tuple[int, bytes]:
         pieces, size, number = [], 0, after
-        while number < self.last_id and size < self.BATCH:
+        last = min(self.last_told, after + self.BATCH_LOOK)
+        while number < last and size < self.BATCH:
             number += 1
             record = self._journal.get(number)
             if record is None or any(part and part != found
@@ -3682,7 +3743,7 @@ class Counters:
     _HELP = {
         "notifications_total": "notifications received from edges",
         "notifications_delayed_total": "acknowledgements put off: the edge sends too many",
-        "events_dropped_total": "notifications of older edges that were too many or too large",
+        "events_dropped_total": "notifications that were too large, or too many of an older edge",
         "subscribers_cut_total": "subscribers cut off because they did not read",
         "links_total": "edges that registered",
         "links_lost_total": "links that ended",
@@ -5317,8 +5378,11 @@ class OnceStore:
         oldest = time.time() - ONCE_S
         for number in range(self._journal.first, self._journal.last + 1):
             record = self._journal.get(number)
-            if record is not None and len(record.head) == 3 and record.head[2] > oldest:
-                self._restore(record)
+            try:
+                if record is not None and len(record.head) == 3 and record.head[2] > oldest:
+                    self._restore(record)
+            except (ValueError, TypeError):
+                state_log.error("a damaged answer is left out: a retry of it will be a conflict")
 
     def close(self) -> None:
         """Write what is left."""
@@ -5423,16 +5487,14 @@ class OnceStore:
 
     def _restore(self, record: Record) -> None:
         key, fingerprint, _ = record.head
-        value = _parse_json(record.body.decode())
-        self._entries.pop(key, None)
-        if value is False:
-            return
-        entry = self._entries[key] = _OnceEntry(fingerprint, record.number)
-        if value is None:
-            entry.waiting = None
-        else:
+        value, response = _parse_json(record.body.decode()), None
+        if isinstance(value, list):
             status, headers, body = value
-            entry.response = Response(base64.b64decode(body), status, headers)
+            response = Response(base64.b64decode(body), status, headers)
+        self._entries.pop(key, None)
+        if value is not False:
+            entry = self._entries[key] = _OnceEntry(fingerprint, record.number)
+            entry.response, entry.waiting = response, None
 
 
 class SignatureCheck:
@@ -5454,8 +5516,8 @@ class SignatureCheck:
         self._journal.open()
         for number in range(self._journal.first, self._journal.last + 1):
             record = self._journal.get(number)
-            if record is not None and len(record.head) == 2:
-                self._used[str(record.head[0])] = int(record.head[1])
+            if record is not None and len(record.head) == 2 and isinstance(record.head[1], int):
+                self._used[str(record.head[0])] = record.head[1]
 
     def close(self) -> None:
         """Write what is left."""
@@ -6553,7 +6615,7 @@ class _BridgeLink:
                 self._pumping = True
                 self.channel.when_room(self._on_room)
                 return
-            self._sent = number
+            self._sent, self._edge.sent = number, max(number, self._edge.sent)
             record = journal.get(number)
             if record is not None:
                 self._send_notification(record)
@@ -6776,9 +6838,9 @@ class _BridgeLink:
         self._advance("registered")
         acked = message.get("acked")
         if isinstance(acked, int):
+            self._edge.on_known(acked)
             self._on_acked(acked)
-        self._sent = self.acked                   # what was on its way may be lost
-        self._pumping = False
+        self._sent, self._pumping = self.acked, False            # what was on its way may be lost
         self.send_notifications()
         self._edge.on_registered(self.url)
 
@@ -6866,7 +6928,8 @@ class Edge:
         self._transport = LoopThread("edge-transport")
         self._links: List[_BridgeLink] = []       # the transport loop's
         self._stop: Optional[asyncio.Event] = None               # the transport loop's
-        self._on_end = on_end
+        self.sent = 0                             # the transport loop's; the last notification that
+        self._on_end = on_end                     # any link has sent
         self.online = threading.Event()           # set after the first registration
         self.journal = Journal(self._state_dir / "notifications", max_records=MAX_UNSENT_EVENTS,
                                max_bytes=MAX_UNSENT_BYTES, on_written=self._on_written)
@@ -6973,6 +7036,12 @@ class Edge:
         self.signatures.check(EdgeRequest("-", "POST", f"/edge/disconnect/{self.name}", {
             name: str(fields[name]) for name in fields if isinstance(name, str)}, b""))
 
+    def on_known(self, number: int) -> None:
+        """Take notice of the last of our notifications that a bridge has got, in this life or not.
+        """
+        if number > self.sent:
+            self.journal.outrun(number)
+
     def on_acked(self) -> None:
         """Forget the notifications that all bridges have got."""
         self.journal.drop_until(min(link.acked for link in self._links))
@@ -7019,8 +7088,10 @@ class Edge:
     def _notify(self, plugin_name: str, topic: str, data: Any) -> Optional[WhenSafe]:
         try:
             body = encode_json(data).encode(errors="backslashreplace")   # as in JSONResponse
+            if not is_label(topic):               # a bridge would end the link, each time that it
+                raise ValueError("a topic is at most 256 printable characters")     # is sent again
         except (TypeError, ValueError, RecursionError) as error:
-            edge_log.error("%s: notification %r is not JSON and was dropped: %s", plugin_name,
+            edge_log.error("%s: notification %.80r is not JSON and was dropped: %s", plugin_name,
                            topic, error)
             return None
         if len(body) > MAX_NOTIFICATION:
@@ -7034,7 +7105,7 @@ class Edge:
                            "not all bridges have got them", dropped)
         return functools.partial(self.journal.when_written, record.number)
 
-    def _on_written(self, _number: int) -> None:
+    def _on_written(self) -> None:
         self._transport.call(self._send_notifications)
 
     def _send_notifications(self) -> None:
@@ -7681,8 +7752,12 @@ class EventHub:
         """Number a notification, keep it, send it to all who want it, and return its id."""
         event_id = self.log.append(edge, plugin_name, topic, data, instance=instance, number=number)
         self._counters.add("notifications_total")
-        self._serve_soon()
         return event_id
+
+    def on_written(self) -> None:
+        """Send what is in the journal now."""
+        self.log.on_written()
+        self._serve_soon()
 
     def publish_topology(self, topology: bytes) -> None:
         """Send the topology, as JSON, to all; who is slow gets only the last one."""
@@ -7783,14 +7858,17 @@ class EventHub:
             if subscriber.topology != self._topology_version:
                 subscriber.topology = self._topology_version
                 subscriber.send(self._topology)
-            elif subscriber.position >= self.log.last_id:
+            elif subscriber.position >= self.log.last_told:
                 return
             elif subscriber.position + 1 < self.log.first_id:
                 self._cut(subscriber)
             else:
                 subscriber.position, data = self.log.batch(subscriber.position, subscriber.filters)
-                if data:
-                    subscriber.send(data)
+                if not data:                      # of many it wants none: others first
+                    subscriber.is_waiting = True
+                    self._loop.call_soon(self._serve, subscriber)
+                    return
+                subscriber.send(data)
 
     def _cut(self, subscriber: Subscriber) -> None:
         self._counters.add("subscribers_cut_total")
@@ -8199,7 +8277,7 @@ class EdgeLink:
 
     def _on_notification(self, message: Dict[str, Any]) -> None:
         plugin_name, topic = message.get("plugin"), message.get("topic")
-        if not (_is_label(plugin_name) and _is_label(topic)):
+        if not (is_label(plugin_name) and is_label(topic)):
             return
         try:
             small = len(encode_json(message.get("data"))) <= MAX_NOTIFICATION
@@ -8218,14 +8296,17 @@ class EdgeLink:
             data = _parse_json(bytes(frame.body).decode())
         except (ValueError, RecursionError):
             raise ProtocolError("notification that is not JSON", CloseCode.INVALID_DATA) from None
-        if not (type(number) is int and 0 < number < 1 << 63 and _is_label(plugin_name)
-                and _is_label(topic) and len(frame.body) <= MAX_NOTIFICATION):
-            raise ProtocolError("notification without number, plugin or topic, or too large")
+        if not (type(number) is int and 0 < number < 1 << 63 and is_label(plugin_name)
+                and is_label(topic)):
+            raise ProtocolError("notification without number, plugin or topic")
         if len(self._to_ack) > 4 * NOTIFY_WINDOW:
             raise ProtocolError("notifications that do not wait for others to be acknowledged",
                                 CloseCode.POLICY)
         hub = self.registry.hub
-        if number > hub.log.seen(self.name, self.instance):
+        if len(frame.body) > MAX_NOTIFICATION:    # acknowledged, or it would come again and again
+            self.registry.on_dropped(self.name, "size")
+            event_id = hub.log.last_id
+        elif number > hub.log.seen(self.name, self.instance):
             try:
                 event_id = hub.publish(self.name, plugin_name, topic, data,
                                        instance=self.instance, number=number)
@@ -8278,11 +8359,6 @@ class EdgeLink:
 def _instance_of(message: Dict[str, Any]) -> str:
     instance = message.get("instance")
     return instance if isinstance(instance, str) and is_valid_name(instance) else ""
-
-
-def _is_label(value: Any) -> bool:
-    """Whether a name that an edge gave, of a plugin or a topic, is short and printable."""
-    return isinstance(value, str) and len(value) <= 256 and value.isprintable()
 
 
 _METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH")
@@ -8349,7 +8425,6 @@ class EdgeRegistry:
         self.url = ""
         self.downloads = 0                        # answers that are on their way in pieces
         self._unacknowledged: Dict[EdgeLink, None] = {}          # links that wait for the journal
-        self._written = 0                         # events up to this id are safe
         self._told = False                        # that a change will be told soon
         self._dropped = 0                         # notifications
 
@@ -8463,15 +8538,15 @@ class EdgeRegistry:
             self._loop.call_soon(self._acknowledge)
         self._unacknowledged[link] = None
 
-    def on_written(self, written: int) -> None:
-        """Take notice that events up to this id are in the journal."""
-        self._written = max(self._written, written)
+    def on_written(self) -> None:
+        """Take notice that more events are in the journal."""
+        self.hub.on_written()
         self._acknowledge()
 
     def _acknowledge(self) -> None:
         links, self._unacknowledged = self._unacknowledged, {}
         for link in links:
-            if link.acknowledge(self._written):
+            if link.acknowledge(self.hub.log.last_told):
                 self._unacknowledged[link] = None
 
     def find(self, name: str) -> EdgeLink:
@@ -9429,8 +9504,8 @@ class Bridge:
         self.connections.add(connection)
         connection.adopt(sock)
 
-    def _on_written(self, number: int) -> None:
-        self._thread.call(self._registry.on_written, number)
+    def _on_written(self) -> None:
+        self._thread.call(self._registry.on_written)
 
     def _on_own_notification(self, plugin_name: str, topic: str, data: Any) -> None:
         self._thread.call(self._hub.publish, BRIDGE_NAME, plugin_name, topic, data)
