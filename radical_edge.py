@@ -65,7 +65,6 @@ import os
 import random
 import re
 import secrets
-import select
 import selectors
 import shutil
 import signal
@@ -1607,12 +1606,14 @@ class LoopThread:
             self.loop.close()
         return not self._thread.is_alive()
 
-    def call(self, function: Callable[..., Any], *args: Any) -> None:
-        """Run `function(*args)` on the loop soon. Does nothing once the loop is closed."""
+    def call(self, function: Callable[..., Any], *args: Any) -> bool:
+        """Run `function(*args)` on the loop soon; False when the loop is closed: it came too late.
+        """
         try:                                      # suppress() would take longer than the call
             self.loop.call_soon_threadsafe(function, *args)
-        except RuntimeError:                      # "Event loop is closed": it came too late
-            pass
+            return True
+        except RuntimeError:
+            return False
 
     def submit(self, coroutine: Any) -> "concurrent.futures.Future[Any]":
         """Run a coroutine on the loop; return the future of its result."""
@@ -1707,7 +1708,10 @@ class Workers:
         self._stopped = False                     # guarded by _lock
 
     def run(self, job: Callable[[], None]) -> None:
-        """Run `job` in a thread, now or when one is free. It must not raise."""
+        """Run `job` in a thread, now or when one is free. It must not raise.
+
+        Raises Unavailable after stop(), and when there is no thread and none can be had.
+        """
         with self._lock:
             if self._stopped:
                 raise Unavailable("the plugin is being removed")
@@ -1718,7 +1722,10 @@ class Workers:
             if self._threads >= self._limit:
                 return                            # it waits for the next thread that is done
             self._threads += 1
-        threading.Thread(target=self._work, name=f"{self._name}-worker", daemon=True).start()
+        try:
+            threading.Thread(target=self._work, name=f"{self._name}-worker", daemon=True).start()
+        except RuntimeError:                      # the system gives us no more threads
+            self._on_no_thread(job)
 
     async def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return what `function(*args)` returns, run in a thread; raise what it raises."""
@@ -1741,6 +1748,15 @@ class Workers:
         with self._lock:
             self._stopped = True
             self._lock.notify_all()
+
+    def _on_no_thread(self, job: Callable[[], None]) -> None:
+        with self._lock:
+            self._threads -= 1
+            if self._threads or job not in self._jobs:
+                return                            # it waits for the next thread that is done
+            self._jobs.remove(job)
+        raise Unavailable("the system gives this process no more threads: try again later",
+                          headers=_retry_after(10))
 
     def _work(self) -> None:
         while True:
@@ -3139,6 +3155,9 @@ class Journal:
         for path in paths:
             self._segments.append((int(path.stem), path))
             self._load(path)
+        if self._first == self._next:             # go on after any other journal for the same peer
+            self._skip_to_locked(max(self._next, time.time_ns() // 1_000_000))
+            self._first = self._next
         self._written, self._fresh = self._next - 1, self._next
         self._drop_oldest_locked()
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
@@ -4736,7 +4755,7 @@ class Plugin:
         self._app = app
         self._instance_name = instance_name
         self._uid = f"{instance_name}.{secrets.token_hex(4)}"
-        self._started = time.time()
+        self._started = time.monotonic()
         self.router = Router()
         self._sessions: Dict[str, _SessionRecord] = {}           # by sid; the plugin's loop's
         self._expired: "collections.OrderedDict[str, None]" = collections.OrderedDict()   # likewise
@@ -4847,7 +4866,11 @@ class Plugin:
         arguments = await request.json_object()
         self._check_session_count(request.user)
         sid = f"session.{secrets.token_hex(8)}"
-        await self._open_session(sid, request.user, arguments)
+        try:
+            await self._open_session(sid, request.user, arguments)
+        except BaseException:                     # nobody will ever know its sid
+            self._sessions.pop(sid, None)
+            raise
         await self._store_now()
         return {"sid": sid}
 
@@ -4856,8 +4879,10 @@ class Plugin:
         sid = request.path_params["sid"]
         record = self._find(sid)
         del self._sessions[sid]
-        await record.session.close()
-        await self._store_now()
+        try:
+            await record.session.close()
+        finally:
+            await self._store_now()
         return {"ok": True}
 
     async def get_version(self, request: Request) -> Any:
@@ -4876,7 +4901,7 @@ class Plugin:
     async def health_check(self, request: Request) -> Any:
         """Answer {"status", "plugin", "version", "uptime" in seconds, "active_sessions"}."""
         return {"status": "healthy", "plugin": self._instance_name, "version": self.version,
-                "uptime": time.time() - self._started, "active_sessions": len(self._sessions)}
+                "uptime": time.monotonic() - self._started, "active_sessions": len(self._sessions)}
 
     async def _forward(self, sid: str, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return what `func(session, *args, **kwargs)` returns, awaited if need be.
@@ -4997,13 +5022,19 @@ class Plugin:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(min(60.0, self.session_ttl / 4))
-            await self._expire(time.time() - self.session_ttl)
+            try:
+                await self._expire(time.time() - self.session_ttl)
+            except Exception:                     # a session's mistake: others must still expire
+                log.exception("%s: sessions could not be looked through", self._instance_name)
 
     async def _expire(self, before: float) -> None:
         old = [sid for sid, record in self._sessions.items()
                if record.used < before and not record.session.is_busy()]
         for sid in old:
-            record = self._sessions.pop(sid)
+            record = self._sessions.get(sid)
+            if record is None or record.used >= before:          # while another one was closed
+                continue
+            del self._sessions[sid]
             self._expired[sid] = None
             if len(self._expired) > MAX_EXPIRED:
                 self._expired.popitem(last=False)
@@ -5021,14 +5052,21 @@ class Plugin:
 
     def _store_soon(self) -> None:
         if self._store is not None:
-            self._store.loop.call_soon_threadsafe(
-                lambda: asyncio.ensure_future(self._store_now()))
+            with contextlib.suppress(RuntimeError):    # the loop is closed: all was stored at its end
+                self._store.loop.call_soon_threadsafe(self._store.save_soon, self._session_states)
 
-    def _session_states(self) -> Dict[str, Any]:
-        return {sid: {"owner": record.owner, "arguments": record.arguments,
-                      "created": record.created, "used": record.used,
-                      "state": record.session.snapshot()}
-                for sid, record in self._sessions.items()}
+    def _session_states(self) -> Dict[str, str]:
+        """Return {sid: what is stored of it, as JSON}."""
+        return {sid: self._encode_session(sid, record) for sid, record in self._sessions.items()}
+
+    def _encode_session(self, sid: str, record: _SessionRecord) -> str:
+        kept = {"owner": record.owner, "arguments": record.arguments, "created": record.created,
+                "used": record.used}
+        try:
+            return json.dumps({**kept, "state": record.session.snapshot()})
+        except Exception:                         # one bad session must not cost the others
+            log.exception("%s: the state of session %s is not kept", self._instance_name, sid)
+            return json.dumps(kept)
 
 
 class _SessionStore:
@@ -5040,6 +5078,7 @@ class _SessionStore:
         self._workers = workers
         self._lock = asyncio.Lock()               # one writer at a time, so that the last one wins
         self._wanted = self._done = 0             # saves asked for, and covered by a write
+        self._saving: Set["asyncio.Task[None]"] = set()
 
     async def load(self) -> Dict[str, Any]:
         """Return {sid: record}; {} when there is none or it is damaged, which is logged."""
@@ -5051,17 +5090,30 @@ class _SessionStore:
             log.error("sessions are lost: %s: %s", self._path, error)
             return {}
 
-    async def save(self, get_states: Callable[[], Dict[str, Any]]) -> None:
-        """Write what `get_states()` returns; calls that wait at the same time share one write."""
+    async def save(self, get_states: Callable[[], Dict[str, str]]) -> None:
+        """Write what `get_states()` returns, {sid: JSON}; calls that wait together share a write.
+
+        Who is cancelled does not end the write: a later one could overtake it.
+        """
+        await asyncio.shield(self.save_soon(get_states))
+
+    def save_soon(self, get_states: Callable[[], Dict[str, str]]) -> "asyncio.Task[None]":
+        """Begin to save(); return the task that does it."""
+        task = self.loop.create_task(self._save(get_states))
+        self._saving.add(task)                    # the loop itself keeps only a weak reference
+        task.add_done_callback(self._saving.discard)
+        return task
+
+    async def _save(self, get_states: Callable[[], Dict[str, str]]) -> None:
         self._wanted += 1
         mine = self._wanted
         async with self._lock:
             if self._done >= mine:
                 return
             covered = self._wanted
-            text = json.dumps({"sessions": get_states()})
+            sessions = ", ".join(f"{json.dumps(sid)}: {text}" for sid, text in get_states().items())
             try:
-                await self._workers.call(write_private, self._path, text)
+                await self._workers.call(write_private, self._path, f'{{"sessions": {{{sessions}}}}}')
             except OSError as error:
                 log.error("sessions will not outlive this process: %s: %s", self._path, error)
             self._done = covered
@@ -5634,6 +5686,7 @@ class PluginHost:
         self.app = types.SimpleNamespace(state=state)
         self._lock = threading.Lock()             # guards changes of _hosted
         self._hosted: Dict[str, _Hosted] = {}     # replaced as a whole: readers need no lock
+        self._adding: Set[str] = set()            # names of plugins that start; guarded by _lock
         self.disabled: Dict[str, str] = {}        # name to reason, of plugins that were not loaded
 
     def load(self, names: Iterable[str]) -> List[str]:
@@ -5662,19 +5715,25 @@ class PluginHost:
         """
         name = instance_name or factory.plugin_name
         self._policy.check("plugins", factory.plugin_name or name)
-        if name in self._hosted:
-            raise Conflict(f"there is a plugin named {name!r} already: give another instance name")
+        with self._lock:
+            if name in self._hosted or name in self._adding:
+                raise Conflict(f"there is a plugin named {name!r} already: give another instance "
+                               "name")
+            self._adding.add(name)
         hosted = _Hosted(name)
         try:
             making = hosted.thread.submit(self._make(hosted, factory, instance_name))
             making.result(HANDSHAKE_S)
+            with self._lock:
+                self._hosted = {**self._hosted, name: hosted}
         except BaseException as error:
             hosted.stop()
             if isinstance(error, concurrent.futures.TimeoutError):
                 raise Unavailable(f"it took more than {HANDSHAKE_S:.0f} s to start") from None
             raise
-        with self._lock:
-            self._hosted = {**self._hosted, name: hosted}
+        finally:
+            with self._lock:
+                self._adding.discard(name)
         self.disabled.pop(name, None)
         self._changed()
         return hosted.plugin
@@ -5758,7 +5817,8 @@ class PluginHost:
             with self._lock:
                 waiting, hosted.topology = hosted.topology is not None, edges
             if not waiting:
-                hosted.thread.call(self._start_task, hosted, self._tell_topology(hosted))
+                hosted.thread.call(lambda item=hosted: self._start_task(
+                    item, self._tell_topology(item)))
 
     def dispatch(self, call_: Call) -> None:
         """Answer a request, soon and on any thread. Never raises."""
@@ -5796,8 +5856,9 @@ class PluginHost:
     def _start(self, hosted: _Hosted, route: Route, request: Request, call_: Call) -> None:
         try:
             if route.is_async:
-                hosted.thread.call(self._start_task, hosted,
-                                   self._run_async(hosted, route.handler, request, call_), call_)
+                if not hosted.thread.call(lambda: self._start_task(hosted, self._run_async(
+                        hosted, route.handler, request, call_), call_)):
+                    raise Unavailable("the plugin was stopped")
             else:
                 hosted.workers.run(lambda: self._run_plain(hosted, route.handler, request, call_))
         except EdgeError as error:
@@ -5871,7 +5932,7 @@ class PluginHost:
             response = to_response(await handler(request))
         except asyncio.CancelledError:
             response = error_response(Unavailable("the plugin was stopped"))
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # exit() in a handler ends its request alone
             response = _failure_response(error, request)
         if _is_whole(response, call_):
             call_.respond(response)
@@ -5880,16 +5941,18 @@ class PluginHost:
 
     def _run_plain(self, hosted: _Hosted, handler: Callable[..., Any], request: Request,
                    call_: Call) -> None:
-        _current_request.set(request)             # of this thread, until its next request
+        token = _current_request.set(request)     # of this thread
         try:
             response = to_response(handler(request))
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # exit() in a handler ends its request alone
             response = _failure_response(error, request)
+        finally:
+            _current_request.reset(token)         # or an idle thread would hold it
         if _is_whole(response, call_):
             call_.respond(response)
-        else:                                     # not in this thread: a client may be slow
-            hosted.thread.call(self._start_task, hosted,
-                               _send_body(hosted, request, response, call_), call_)
+        elif not hosted.thread.call(lambda: self._start_task(hosted, _send_body(
+                hosted, request, response, call_), call_)):      # not here: a client may be slow
+            call_.respond(error_response(Unavailable("the plugin was stopped")))
 
     async def _tell_topology(self, hosted: _Hosted) -> None:
         hosted.telling = hosted.telling or asyncio.Lock()
@@ -5924,11 +5987,11 @@ def _is_whole(response: Response, call_: Call) -> bool:
 async def _send_body(hosted: _Hosted, request: Request, response: Response, call_: Call) -> None:
     """Send a response in pieces, as fast as they are taken. On the plugin's loop."""
     content = getattr(response, "content", None)
-    if content is None:
-        response.headers["content-length"] = str(len(response.body))
-    elif not hasattr(content, "__aiter__"):
-        content = _Producer(hosted.workers, content)
     try:
+        if content is None:
+            response.headers["content-length"] = str(len(response.body))
+        elif not hasattr(content, "__aiter__"):
+            content = _Producer(hosted.workers, content)
         call_.begin(response)
         writer = _BodyWriter(call_)
         if content is None:
@@ -5942,7 +6005,7 @@ async def _send_body(hosted: _Hosted, request: Request, response: Response, call
         call_.abort(Unavailable("the plugin was stopped, or the client has gone"))
     except EdgeError as error:
         call_.abort(error)
-    except Exception as error:                    # the plugin's, in the middle of its answer
+    except (Exception, SystemExit) as error:      # the plugin's, in the middle of its answer
         log.error("%s %s: %s failed while it answered", request.request_id, request.method,
                   request.path, exc_info=error)
         call_.abort(EdgeError(f"internal error; the log has it under {request.request_id}"))
@@ -6093,7 +6156,7 @@ class _BodyWriter:
             self._loop.call_soon_threadsafe(self._flush_soon)
 
 
-def _failure_response(error: Exception, request: Request) -> Response:
+def _failure_response(error: BaseException, request: Request) -> Response:
     """Return the reply to what a handler raised; what is unexpected stays in the log."""
     if isinstance(error, EdgeError):
         return error_response(error)
@@ -6956,8 +7019,9 @@ class Edge:
         Raises Conflict when another process has the state directory.
         """
         try:
+            names = select_plugins(self._wanted)
             self._lock.acquire()
-        except EdgeError:
+        except BaseException:
             self._transport.stop()
             raise
         self._instance = self._read_instance()
@@ -6966,7 +7030,7 @@ class Edge:
         self.audit.open()
         if self.signatures is not None:
             self.signatures.open()
-        self.host.load(select_plugins(self._wanted))
+        self.host.load(names)
         self._transport.start()
         self._transport.submit(self._start_links()).result()
         return self
@@ -8512,8 +8576,8 @@ class EdgeRegistry:
                 absence.fail(absence.waiting)
                 self.on_changed()
             else:
-                late = [exchange for exchange in absence.waiting if exchange.deadline < now]
-                absence.waiting = [item for item in absence.waiting if item not in late]
+                late = [item for item in absence.waiting if item.deadline < now]
+                absence.waiting = [item for item in absence.waiting if item.deadline >= now]
                 absence.fail(late)
 
     def _end_absence(self, link: EdgeLink) -> None:
@@ -9323,8 +9387,9 @@ class Bridge:
         Raises Conflict when another process has the state directory.
         """
         try:
+            names = select_plugins(self._wanted) if self._wanted else []
             self._lock.acquire()
-        except EdgeError:
+        except BaseException:
             self._listener.server_close()
             self._thread.stop()
             raise
@@ -9334,7 +9399,7 @@ class Bridge:
         self._memory.restore()
         self._thread.start()
         self._registry.host = self._host
-        self._host.load(select_plugins(self._wanted) if self._wanted else [])
+        self._host.load(names)
         self._thread.submit(self._start_tasks()).result()
         threading.Thread(target=self._listener.serve_forever, kwargs={"poll_interval": 0.2},
                          name="bridge-listener", daemon=True).start()
@@ -9508,27 +9573,42 @@ class Bridge:
         self._thread.call(self._registry.on_written)
 
     def _on_own_notification(self, plugin_name: str, topic: str, data: Any) -> None:
-        self._thread.call(self._hub.publish, BRIDGE_NAME, plugin_name, topic, data)
+        """Publish what one of our own plugins tells. Any thread."""
+        try:
+            text = encode_json(data)              # now: the plugin may change it later
+            if len(text) > MAX_NOTIFICATION or not is_label(topic):
+                raise ValueError("it is too large, or its topic is not a short text")
+        except (TypeError, ValueError, RecursionError) as error:
+            bridge_log.error("%s: notification %.80r was dropped: %s", plugin_name, topic, error)
+        else:
+            self._thread.call(self._hub.publish, BRIDGE_NAME, plugin_name, topic, _parse_json(text))
 
     async def _start_tasks(self) -> None:
-        self._tasks = [asyncio.ensure_future(self._sweep()), asyncio.ensure_future(self._beat()),
-                       asyncio.ensure_future(self._memory.keep())]
-        self._tasks.append(asyncio.ensure_future(self._reloader.run()))
+        self._tasks = [asyncio.ensure_future(task) for task in (
+            self._repeat(SWEEP_S, self._sweep), self._repeat(self._heartbeat, self._beat),
+            self._memory.keep(), self._reloader.run())]
 
-    async def _sweep(self) -> None:
+    @staticmethod
+    async def _repeat(seconds: float, function: Callable[[], None]) -> None:
         while True:
-            await asyncio.sleep(SWEEP_S)
-            now = self.loop.time()
-            self._give_back_memory()
-            self._end_own_late(now)
-            self._registry.sweep(now)
-            for link in list(self._registry.links.values()):
-                link.sweep(now, self._heartbeat)
-            for link in [item for item in self._registry.unregistered
-                         if now - item.opened > HANDSHAKE_S]:
-                link.close(CloseCode.POLICY, "did not register in time")
-            for connection in [item for item in self.connections if item.deadline < now]:
-                connection.on_deadline()
+            await asyncio.sleep(seconds)
+            try:
+                function()
+            except Exception:                     # ours; without it nothing would ever be too late
+                bridge_log.exception("%s failed", function.__name__)
+
+    def _sweep(self) -> None:
+        now = self.loop.time()
+        self._give_back_memory()
+        self._end_own_late(now)
+        self._registry.sweep(now)
+        for link in list(self._registry.links.values()):
+            link.sweep(now, self._heartbeat)
+        for link in [item for item in self._registry.unregistered
+                     if now - item.opened > HANDSHAKE_S]:
+            link.close(CloseCode.POLICY, "did not register in time")
+        for connection in [item for item in self.connections if item.deadline < now]:
+            connection.on_deadline()
 
     def _end_own_late(self, now: float) -> None:
         """Fail requests to the bridge's own plugins that are past their deadline."""
@@ -9545,12 +9625,10 @@ class Bridge:
             trim_memory()
         self._most_connections = max(self._most_connections, count)
 
-    async def _beat(self) -> None:
-        while True:
-            await asyncio.sleep(self._heartbeat)
-            self._hub.beat()
-            for link in list(self._registry.links.values()):
-                link.beat()
+    def _beat(self) -> None:
+        self._hub.beat()
+        for link in list(self._registry.links.values()):
+            link.beat()
 
     async def _close_all(self) -> None:
         for task in self._tasks:
@@ -9986,6 +10064,12 @@ class HttpResponse:
         return self
 
 
+def _is_readable(sock: socket.socket) -> bool:
+    with selectors.DefaultSelector() as selector:                # select() is for descriptors < 1024
+        selector.register(sock, selectors.EVENT_READ)
+        return bool(selector.select(0))
+
+
 class HttpClient:
     """Sends requests over connections that it keeps alive, to one bridge or, when that fails, to
     another. Any thread may use it.
@@ -10119,7 +10203,7 @@ class HttpClient:
                 made.connect()
                 return made
             # an idle connection that is readable was closed by the bridge
-            if connection.target is target and not select.select([connection.sock], [], [], 0)[0]:
+            if connection.target is target and not _is_readable(connection.sock):
                 return connection
             connection.close()
 
@@ -10466,6 +10550,26 @@ class _Parser(argparse.ArgumentParser):
         return _HELP
 
 
+def _whole_number(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    """Return a port to listen at, 0 for any that is free."""
+    number = _whole_number(text)
+    if number > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: take 0 to 65535")
+    return number
+
+
+def _duration(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{0,9}(\.[0-9]{1,9})?", text) or not float(text or 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return float(text)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; _HELP must name each of its options."""
     parser = _Parser(prog="radical_edge", allow_abbrev=False)
@@ -10479,15 +10583,16 @@ def make_parser() -> argparse.ArgumentParser:
     # "--tunnel" alone is what edges of radical.edge 0.x give to their children
     parser.add_argument("--tunnel", nargs="?", const="reverse", default="none",
                         choices=TUNNEL_MODES)
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT)
+    parser.add_argument("--port", type=_port, default=DEFAULT_PORT)
     parser.add_argument("-p", "--plugins")
     for flag in ("--plugin-file", "--allow-host", "--limit", "--staging-root"):
         parser.add_argument(flag, action="append", default=[])
     parser.add_argument("--log", choices=("text", "json"), default="text")
-    parser.add_argument("--task-limit", type=int)
-    parser.add_argument("--request-timeout", type=float, default=REQUEST_S)
-    parser.add_argument("--heartbeat", type=float, default=HEARTBEAT_S)
-    parser.add_argument("--grace", type=float, default=GRACE_S)
+    parser.add_argument("--task-limit", type=_whole_number)
+    parser.add_argument("--request-timeout", type=_duration, default=REQUEST_S)
+    parser.add_argument("--heartbeat", type=_duration, default=HEARTBEAT_S)
+    parser.add_argument("--grace", type=lambda text: 0.0 if text == "0" else _duration(text),
+                        default=GRACE_S)
     parser.add_argument("--call", nargs="+", metavar=("EDGE/PLUGIN/ROUTE", "JSON"))
     parser.add_argument("--events", nargs="?", const="", metavar="EDGE/PLUGIN/TOPIC")
     parser.add_argument("--put", nargs=2, metavar=("LOCAL", "EDGE:PATH"))
