@@ -1619,11 +1619,6 @@ class LoopThread:
         """Run a coroutine on the loop; return the future of its result."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
-    @property
-    def is_current(self) -> bool:
-        """Whether the calling thread is this one."""
-        return threading.current_thread() is self._thread
-
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         try:
@@ -3111,7 +3106,28 @@ class Record(NamedTuple):
         return len(self.body) + 400
 
 
-class Journal:
+class _Writer:
+    """A thread that writes what others have for it, for a disk may be slow. Subclasses are _run().
+    """
+
+    def __init__(self, name: str) -> None:
+        self._lock = threading.Condition()        # what wakes the thread
+        self._closing = False                     # guarded by _lock
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def close(self) -> None:
+        """Write what is left and end the thread; a disk that hangs is left alone."""
+        with self._lock:
+            self._closing = True
+            self._lock.notify()
+        if self._thread.is_alive():
+            self._thread.join(STOP_S)
+
+    def _run(self) -> None:
+        raise NotImplementedError
+
+
+class Journal(_Writer):
     """Numbered records, in memory and in files, for those who come after this process.
 
     The numbers are consecutive, go on after a restart, and begin at the milliseconds since the
@@ -3127,19 +3143,17 @@ class Journal:
 
     def __init__(self, folder: Path, *, max_records: int, max_bytes: int,
                  on_written: Callable[[], None] = lambda: None) -> None:
+        super().__init__("journal")
         self._folder, self._on_written = folder, on_written
         self._max_records, self._max_bytes = max_records, max_bytes
-        self._lock = threading.Condition()
         self._records: List[Optional[Record]] = []               # guarded by _lock; None: damaged
         self._first = self._next = time.time_ns() // 1_000_000   # guarded by _lock
         self._fresh = 0                           # guarded by _lock; the first that is our own
         self._size = 0                            # guarded by _lock; of the records
-        self._unwritten: List[Record] = []        # guarded by _lock
+        self._unwritten: Deque[Record] = collections.deque()     # guarded by _lock
         self._waiters: Deque[Tuple[int, Callable[[], None]]] = collections.deque()   # likewise
         self._written = 0                         # guarded by _lock; the last number on disk
-        self._closing = False                     # guarded by _lock
         self.dropped = 0                          # records that were too many; guarded by _lock
-        self._thread: Optional[threading.Thread] = None
         # of the journal's thread: the file being written, its size, and all files by first number
         self._descriptor, self._length, self._failing = -1, 0, False
         self._segments: List[Tuple[int, Path]] = []
@@ -3160,16 +3174,7 @@ class Journal:
             self._first = self._next
         self._written, self._fresh = self._next - 1, self._next
         self._drop_oldest_locked()
-        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
-
-    def close(self) -> None:
-        """Write what is left and end the thread; a disk that hangs is left alone."""
-        with self._lock:
-            self._closing = True
-            self._lock.notify()
-        if self._thread is not None:
-            self._thread.join(STOP_S)
 
     @property
     def first(self) -> int:
@@ -3234,7 +3239,7 @@ class Journal:
             self._next -= count
             self._size -= sum(record.size for record in own)
             self._skip_to_locked(number + 1)
-            self._fresh, self._unwritten = self._next, []
+            self._fresh, self._unwritten = self._next, collections.deque()
             for record in own:
                 self._unwritten.append(record._replace(number=self._next))
                 self._add_locked(self._unwritten[-1])
@@ -3261,6 +3266,8 @@ class Journal:
         while self._next - self._first > self._max_records or self._size > self._max_bytes:
             self._forget_first_locked()
             self.dropped += 1
+        while self._unwritten and self._unwritten[0].number < self._first:       # the disk hangs
+            self._unwritten.popleft()
 
     def _forget_first_locked(self) -> None:
         index = self._first - self._next + len(self._records)
@@ -3320,7 +3327,7 @@ class Journal:
             with self._lock:
                 if not self._unwritten and not self._closing:
                     self._lock.wait(self.RETRY_S if failed else None)
-                records, self._unwritten = self._unwritten, []
+                records, self._unwritten = list(self._unwritten), collections.deque()
                 closing, first, fresh = self._closing and not records, self._first, self._fresh
             # of those that failed, some are not wanted any more, or have other numbers by now
             wanted = [item for item in failed if item.number >= max(first, fresh)]
@@ -3401,7 +3408,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view):]
 
 
-class AuditLog:
+class AuditLog(_Writer):
     """Writes a JSON line for each request that changes something, in files that only we can read.
 
     Any thread may write(); a thread of the log's own does the work, for a disk may be slow. What
@@ -3414,13 +3421,11 @@ class AuditLog:
     MAX_WAITING = 10_000       # entries
 
     def __init__(self, path: Path) -> None:
+        super().__init__("audit")
         self._path = path
-        self._lock = threading.Condition()
         self._waiting: List[Dict[str, Any]] = []  # guarded by _lock
-        self._closing = False                     # guarded by _lock
         self.dropped = 0                          # guarded by _lock
         self._failing = False                     # whether that was logged; any thread
-        self._thread: Optional[threading.Thread] = None
 
     @property
     def unwritten(self) -> int:
@@ -3429,16 +3434,7 @@ class AuditLog:
 
     def open(self) -> None:
         """Begin to write."""
-        self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
         self._thread.start()
-
-    def close(self) -> None:
-        """Write what is left and end the thread; a disk that hangs is left alone."""
-        with self._lock:
-            self._closing = True
-            self._lock.notify()
-        if self._thread is not None:
-            self._thread.join(STOP_S)
 
     def write(self, entry: Dict[str, Any]) -> None:
         """Add an entry, of JSON values and with no secret in it; the time is put before it."""

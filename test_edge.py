@@ -4048,6 +4048,37 @@ def test_a_journal_writes_all_however_little_the_system_takes_at_once(journal, m
     assert [body for _, body in contents(journal())] == [b'"a text that is long enough"', b"2"]
 
 
+def test_a_disk_that_hangs_costs_no_more_memory_than_a_journal_keeps(journal, monkeypatch):
+    kept, hangs, real = journal(max_records=20), threading.Event(), os.write
+
+    def write(descriptor, data):
+        if descriptor == kept._descriptor:
+            assert hangs.wait(10)
+        return real(descriptor, data)
+
+    monkeypatch.setattr(os, "write", write)
+    for number in range(1000):
+        last = kept.append([], b"%d" % number).number
+    assert len(kept._unwritten) <= 20
+    hangs.set()
+    written(kept, last)
+    assert [body for _, body in contents(journal())][-20:] == [b"%d" % n for n in range(980, 1000)]
+
+
+def test_what_the_audit_log_cannot_take_is_counted_and_logged_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(radical_edge.AuditLog, "MAX_WAITING", 3)
+    log, hangs, real = radical_edge.AuditLog(tmp_path / "audit.jsonl"), threading.Event(), os.write
+    monkeypatch.setattr(radical_edge, "_write_all", lambda descriptor, data: (
+        hangs.wait(10), real(descriptor, data)))
+    log.open()
+    for number in range(20):
+        log.write({"number": number})
+    assert 16 <= log.dropped <= 17 and caplog.text.count("does not keep up") == 1
+    hangs.set()
+    log.close()
+    assert len((tmp_path / "audit.jsonl").read_text().splitlines()) == 20 - log.dropped
+
+
 def test_what_waits_for_a_journal_cannot_stop_it(journal, caplog):
     kept = journal()
     kept.when_written(kept.append([], b"1").number + 1, lambda: 1 // 0)
@@ -4955,6 +4986,29 @@ def test_callbacks_are_called_by_edge_plugin_and_topic(edge, bridge, fake_edge):
         wanted = [("f1", "p", "t", {"n": 1})]
         assert calls == {"all": wanted, "edge": wanted, "plugin": wanted, "topic": wanted,
                          "none": []}
+
+
+def test_a_callback_that_was_taken_back_is_not_called_any_more(bridge, fake_edge):
+    with BridgeClient(bridge.url) as client:
+        plugin = radical_edge.PluginClient(client.http, "/f1/p", bridge_client=client, edge_id="f1",
+                                           plugin_name="p")
+        calls, topologies = [], []
+
+        def taken_back(*args):
+            calls.append("taken back")
+
+        plugin.register_notification_callback(taken_back, "t")
+        plugin.register_notification_callback(lambda *args: calls.append("stays"), "t")
+        plugin.unregister_notification_callback(taken_back, "t")
+        plugin.unregister_notification_callback(taken_back, "never registered")
+        client.register_topology_callback(topologies.append)
+        wait_until(lambda: topologies)
+        client.unregister_topology_callback(topologies.append)
+        seen = len(topologies)
+        fake = fake_edge("f1")
+        fake.say(type="notification", plugin="p", topic="t", data=1)
+        wait_until(lambda: calls)
+        assert calls == ["stays"] and len(topologies) == seen
 
 
 def test_topology_callbacks_are_called_at_once_and_on_changes(bridge, fake_edge):
