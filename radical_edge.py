@@ -5654,6 +5654,21 @@ class _Hosted:
 _EAGER: Dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 
 
+def _read_ui_module(plugin_object: Plugin) -> Optional[str]:
+    if not plugin_object.ui_module:
+        return None
+    try:
+        text = Path(plugin_object.ui_module).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        log.error("%s: the UI module cannot be read: %s", plugin_object.instance_name, error)
+        return None
+    if len(text.encode()) > MAX_UI_MODULE:
+        log.error("%s: the UI module is left out: it has more than %d bytes",
+                  plugin_object.instance_name, MAX_UI_MODULE)
+        return None
+    return text
+
+
 class PluginHost:
     """Runs plugins and dispatches requests to them, on an edge or on the bridge.
 
@@ -5870,7 +5885,7 @@ class PluginHost:
             raise Unavailable(made.why_disabled)
         store = _SessionStore(made.state_dir / "sessions.json", hosted.workers)
         await made._open(store)
-        hosted.ui_module = await hosted.workers.call(self._read_ui_module, made)
+        hosted.ui_module = await hosted.workers.call(_read_ui_module, made)
         hosted.plugin = made
         if made.ui_problem():
             log.error("%s: its page is plain, for %s", made.instance_name, made.ui_problem())
@@ -5959,21 +5974,6 @@ class PluginHost:
                 await hosted.plugin.on_topology_change(edges)
             except Exception:
                 log.exception("%s: on_topology_change failed", hosted.plugin.instance_name)
-
-    @staticmethod
-    def _read_ui_module(plugin_object: Plugin) -> Optional[str]:
-        if not plugin_object.ui_module:
-            return None
-        try:
-            text = Path(plugin_object.ui_module).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            log.error("%s: the UI module cannot be read: %s", plugin_object.instance_name, error)
-            return None
-        if len(text.encode()) > MAX_UI_MODULE:
-            log.error("%s: the UI module is left out: it has more than %d bytes",
-                      plugin_object.instance_name, MAX_UI_MODULE)
-            return None
-        return text
 
 
 def _is_whole(response: Response, call_: Call) -> bool:
