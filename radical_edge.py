@@ -5048,7 +5048,7 @@ class Plugin:
 
     def _store_soon(self) -> None:
         if self._store is not None:
-            with contextlib.suppress(RuntimeError):    # the loop is closed: all was stored at its end
+            with contextlib.suppress(RuntimeError):    # the loop is closed: it was stored then
                 self._store.loop.call_soon_threadsafe(self._store.save_soon, self._session_states)
 
     def _session_states(self) -> Dict[str, str]:
@@ -5109,7 +5109,8 @@ class _SessionStore:
             covered = self._wanted
             sessions = ", ".join(f"{json.dumps(sid)}: {text}" for sid, text in get_states().items())
             try:
-                await self._workers.call(write_private, self._path, f'{{"sessions": {{{sessions}}}}}')
+                await self._workers.call(write_private, self._path,
+                                         f'{{"sessions": {{{sessions}}}}}')
             except OSError as error:
                 log.error("sessions will not outlive this process: %s: %s", self._path, error)
             self._done = covered
@@ -10061,7 +10062,7 @@ class HttpResponse:
 
 
 def _is_readable(sock: socket.socket) -> bool:
-    with selectors.DefaultSelector() as selector:                # select() is for descriptors < 1024
+    with selectors.DefaultSelector() as selector:                # select() takes only 1024 files
         selector.register(sock, selectors.EVENT_READ)
         return bool(selector.select(0))
 

@@ -2809,7 +2809,7 @@ def test_the_end_of_an_upload_reaches_an_edge_whose_link_is_full(fake_edge2, bri
     assert fake_edge2.hear_wire(radical_edge.Kind.DATA).body == b"all of it"
     channel = bridge._registry.links["f2"].channel
 
-    def fill():                                   # with what an edge that knows no such kind ignores
+    def fill():                                   # with what is ignored: no such kind is known
         while channel.has_room:
             channel.send(encode_frame(Opcode.BINARY, bytes((99,)) + bytes(1 << 20)))
 
