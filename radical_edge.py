@@ -121,6 +121,7 @@ HEADS_KEPT = 256               # heads and paths of each kind that are known wit
 MAX_KEPT_HEAD = 2048           # bytes of one
 MAX_CHUNK_LINE = 256           # bytes of a chunk-size line with its extensions
 MAX_BODY = 64 * 1024 * 1024    # bytes of a body, which wire version 1 holds in memory whole
+MAX_BODIES = 256 * 1024 * 1024   # bytes of all bodies that a bridge holds whole at one time
 MAX_OWN_BODY = 64 * 1024       # bytes of a body for the bridge itself, which asks no token of some
 MAX_MESSAGE = 96 * 1024 * 1024  # bytes of a WebSocket message: a base64 body and its surroundings
 MAX_OLD_MESSAGE = 10 * 1024 * 1024   # bytes of one that radical.edge 0.x takes: more ends its link
@@ -2632,6 +2633,21 @@ class RateLimit:
         if count > MAX_RATE:
             raise TooManyRequests(f"more than {MAX_RATE} requests a second with the token {name!r}",
                                   headers=_retry_after(1), limit="request-rate")
+
+
+class BodyLimit:
+    """Counts the bytes of the bodies that a bridge holds whole. On the loop."""
+
+    def __init__(self) -> None:
+        self.held = 0
+
+    def add(self, size: int) -> None:
+        """Count some; raise Unavailable, and do not count them, when they are more than MAX_BODIES.
+        """
+        if self.held + size > MAX_BODIES:
+            raise Unavailable("the bridge holds as many bodies as it can: try again later",
+                              headers=_retry_after(1), limit="pending")
+        self.held += size
 
 
 class Allowance:
@@ -7510,6 +7526,7 @@ class HttpConnection:
         self.channel: Optional[Channel] = None
         self._exchange: Optional[Exchange] = None                # being read or answered
         self._body = bytearray()
+        self._held = 0                            # bytes of a body, counted until the answer
         self._body_left: Optional[int] = 0        # bytes of the answer under way; None: chunked
         self._answering = self._advancing = self._paused = False
         self._taken: Optional[Callable[[bytes], None]] = None    # by a link or a subscriber
@@ -7619,6 +7636,7 @@ class HttpConnection:
     def _end(self, exchange: Exchange, status: int) -> None:
         keep = exchange.keep_alive
         self._gateway.on_answered(exchange, status)
+        self._release()
         if exchange.upload is not None:
             exchange.upload.stop()
         # the last answer was given: what the client sent after that request is not read any more
@@ -7708,6 +7726,8 @@ class HttpConnection:
         if upload is not None:
             upload.feed(piece)
             return
+        self._gateway.bodies.add(len(piece))
+        self._held += len(piece)
         self._body += piece
         error = self._check_length(len(self._body))
         if error is not None:
@@ -7741,7 +7761,12 @@ class HttpConnection:
         exchange.fail(error)
         exchange.cancelled = True                 # whatever its handler may still answer
 
+    def _release(self) -> None:
+        self._gateway.bodies.held -= self._held
+        self._held = 0
+
     def _on_lost(self, reason: str) -> None:
+        self._release()
         if self._exchange is not None:
             self._exchange.cancelled = True
             self._gateway.on_client_gone(self._exchange)
@@ -9352,7 +9377,7 @@ class Bridge:
         self.connections: Set[HttpConnection] = set()            # the loop's
         self.handshakes: Set[_Handshake] = set()  # the loop's
         self.open = ConnectionLimit(open_file_room())            # for every connection, first
-        self._rates = RateLimit()
+        self._rates, self.bodies = RateLimit(), BodyLimit()
         self.stopping = False                     # set by stop(), read everywhere
         self._state_dir = Path(state_dir or home_dir() / "state" / BRIDGE_NAME)
         self._journal = Journal(self._state_dir / "events", max_records=MAX_EVENTS,

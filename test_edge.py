@@ -3388,6 +3388,30 @@ def test_an_edge_with_too_many_requests_waiting_is_503(fake_edge, raw, monkeypat
     assert reply[1]["retry-after"] == "1"
 
 
+def test_the_bodies_that_a_bridge_holds_whole_have_a_bound_together(fake_edge, bridge, raw,
+                                                                    monkeypatch):
+    monkeypatch.setattr(radical_edge, "MAX_BODIES", 150_000)
+    fake, first, second = fake_edge("f1"), raw(), raw()
+    fake.hear("topology")
+    first.send_request("POST", "/f1/p/x", headers=[("Content-Length", "100000")])
+    first.send(b"x" * 99_999)
+    wait_until(lambda: bridge.bodies.held == 99_999)
+    second.send_request("POST", "/f1/p/x", b"y" * 100_000)
+    reply = second.reply()
+    assert_error(reply, 503, "bodies")
+    assert reply[1]["retry-after"] == "1"
+    first.send(b"x")
+    fake.say(type="response", req_id=fake.hear("request")["req_id"], status=204)
+    assert first.reply()[0] == 204
+    wait_until(lambda: bridge.bodies.held == 0)
+    third = raw()
+    third.send_request("POST", "/f1/p/x", headers=[("Content-Length", "100000")])
+    third.send(b"z" * 9000)
+    wait_until(lambda: bridge.bodies.held == 9000)
+    third.close()
+    wait_until(lambda: bridge.bodies.held == 0)
+
+
 def test_too_many_connections_are_refused_and_counted(bridge, raw, monkeypatch):
     client = raw()
     assert client.request("GET", "/health")[0] == 200
