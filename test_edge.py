@@ -2801,32 +2801,6 @@ def test_an_edge_that_sends_without_credit_loses_its_link(fake_edge2, raw):
         fake_edge2.hear_wire(radical_edge.Kind.ACK)
 
 
-def test_the_end_of_an_upload_reaches_an_edge_whose_link_is_full(fake_edge2, bridge, raw):
-    client = raw()
-    client.send_request("PUT", "/f2/p/x", headers=[("Transfer-Encoding", "chunked")])
-    stream = fake_edge2.hear_wire(radical_edge.Kind.REQUEST).stream
-    client.send(radical_edge.encode_chunk(b"all of it"))
-    assert fake_edge2.hear_wire(radical_edge.Kind.DATA).body == b"all of it"
-    channel = bridge._registry.links["f2"].channel
-
-    def fill():                                   # with what is ignored: no such kind is known
-        while channel.has_room:
-            channel.send(encode_frame(Opcode.BINARY, bytes((99,)) + bytes(1 << 20)))
-
-    bridge._thread.call(fill)
-    wait_until(lambda: not channel.has_room)
-    client.send(radical_edge.encode_chunk(b""))
-    (exchange,) = bridge._registry.links["f2"].requests.pending.values()
-    wait_until(lambda: exchange.received)
-    message = fake_edge2.next_message()
-    while message[1][:1] == bytes((99,)):
-        message = fake_edge2.next_message()
-    frame = radical_edge.parse_wire(message[1])
-    assert (frame.kind, frame.stream, frame.end) == (radical_edge.Kind.DATA, stream, True)
-    fake_edge2.say_wire(radical_edge.Kind.RESPONSE, stream, [200, {}], b"fine", end=True)
-    assert client.reply()[2] == b"fine"
-
-
 @pytest.mark.parametrize("head", [[], [99, {}], ["200", {}], [200, []], [200, {"a b": "c"}],
                                   [200, {"a": "b\r\nc: d"}], [True, {}]])
 def test_an_answer_of_nonsense_on_a_stream_is_502(fake_edge2, raw, head):
