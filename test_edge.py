@@ -4068,16 +4068,27 @@ def test_a_disk_that_hangs_costs_no_more_memory_than_a_journal_keeps(journal, mo
 
 def test_what_the_audit_log_cannot_take_is_counted_and_logged_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(radical_edge.AuditLog, "MAX_WAITING", 3)
-    log, hangs, real = radical_edge.AuditLog(tmp_path / "audit.jsonl"), threading.Event(), os.write
-    monkeypatch.setattr(radical_edge, "_write_all", lambda descriptor, data: (
-        hangs.wait(10), real(descriptor, data)))
+    begun, may_write, real = threading.Event(), threading.Event(), radical_edge._write_all
+
+    def write(descriptor, data):
+        begun.set()
+        assert may_write.wait(10)
+        real(descriptor, data)
+
+    monkeypatch.setattr(radical_edge, "_write_all", write)
+    log = radical_edge.AuditLog(tmp_path / "audit.jsonl")
     log.open()
-    for number in range(20):
-        log.write({"number": number})
-    assert 16 <= log.dropped <= 17 and caplog.text.count("does not keep up") == 1
-    hangs.set()
-    log.close()
-    assert len((tmp_path / "audit.jsonl").read_text().splitlines()) == 20 - log.dropped
+    try:
+        log.write({"number": 0})
+        assert begun.wait(10)
+        for number in range(1, 21):
+            log.write({"number": number})
+        assert log.dropped == 17 and caplog.text.count("does not keep up") == 1
+    finally:
+        may_write.set()
+        log.close()
+    lines = (tmp_path / "audit.jsonl").read_text().splitlines()
+    assert [json.loads(line)["number"] for line in lines] == [0, 1, 2, 3]
 
 
 def test_what_waits_for_a_journal_cannot_stop_it(journal, caplog):
