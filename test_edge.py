@@ -3247,7 +3247,7 @@ def test_a_session_that_was_closed_while_another_expired_does_not_stop_the_expir
 
     class Lazy(Plugin):
         session_class = Slow
-        session_ttl = 1
+        session_ttl = 2
 
     host.add(Lazy, "lazy")
     first, second = (ask(host, "POST", "/lazy/register_session")[1]["sid"] for _ in range(2))
