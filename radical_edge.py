@@ -9345,6 +9345,16 @@ class _Records:
         return exchange.link.labels.get((segments[1], segments[2], len(segments)), "other")
 
 
+async def _repeat(seconds: float, function: Callable[[], None]) -> None:
+    """Call `function` again and again, until cancelled."""
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            function()
+        except Exception:                         # ours; without it nothing would ever be too late
+            bridge_log.exception("%s failed", function.__name__)
+
+
 class Bridge:
     """A bridge: the HTTP server that clients use and edges register with.
 
@@ -9607,17 +9617,8 @@ class Bridge:
 
     async def _start_tasks(self) -> None:
         self._tasks = [asyncio.ensure_future(task) for task in (
-            self._repeat(SWEEP_S, self._sweep), self._repeat(self._heartbeat, self._beat),
+            _repeat(SWEEP_S, self._sweep), _repeat(self._heartbeat, self._beat),
             self._memory.keep(), self._reloader.run())]
-
-    @staticmethod
-    async def _repeat(seconds: float, function: Callable[[], None]) -> None:
-        while True:
-            await asyncio.sleep(seconds)
-            try:
-                function()
-            except Exception:                     # ours; without it nothing would ever be too late
-                bridge_log.exception("%s failed", function.__name__)
 
     def _sweep(self) -> None:
         now = self.loop.time()
