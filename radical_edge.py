@@ -143,6 +143,7 @@ MAX_JOBS = 10_000              # jobs of one session
 MAX_EDGES = 4096               # edges registered with one bridge, or about to
 MAX_REGISTER = 8 * 1024 * 1024  # bytes of what an edge says of itself, UI modules included
 MAX_DESCRIBED = 512 * 1024     # bytes of it that every client is told
+MAX_TOLD = 32 * 1024 * 1024    # bytes of what all edges of one token say of themselves
 MAX_EDGE_PLUGINS = 256         # plugins of one edge
 MAX_NOTIFY_RATE = 10_000       # notifications a second from one edge
 NOTIFY_BURST = 50_000          # of which so many may come at once
@@ -8198,6 +8199,7 @@ class EdgeLink:
         # replaced when both sides turn out to know version 2
         self.requests: LinkRequests = WholeRequests(self)
         self._is_patient = False                  # whether silence may mean a busy edge
+        self.told = 0                             # bytes of what it says of itself
         self.word = "edges"                       # what it calls them: "endpoints" in radical.orbit
         self._to_ack: Deque[Tuple[int, int]] = collections.deque()   # (event id, number there)
         self.opened = self._last_received = connection._loop.time()
@@ -8218,6 +8220,11 @@ class EdgeLink:
             raise ProtocolError(f"{size} bytes of description; {MAX_DESCRIBED} are allowed",
                                 CloseCode.TOO_BIG)
         self.described = described
+
+    @property
+    def token(self) -> str:
+        """The name of the token with which it registers."""
+        return self.identity.name
 
     def is_same(self, instance: str, identity: Identity) -> bool:
         """Whether another link comes from the same edge: the same state and the same token."""
@@ -8317,6 +8324,8 @@ class EdgeLink:
             message = parse_message(payload)
             if not self.name and message["type"] != "register":
                 raise ProtocolError("the first message must be 'register'", CloseCode.POLICY)
+            if message["type"] in ("register", "topology"):
+                self.told = len(payload)
             handler = self._handlers.get(message["type"])
             if handler is not None:               # unknown types are for later versions
                 handler(message)
@@ -8325,7 +8334,8 @@ class EdgeLink:
         name = message.get("edge_name")
         if name is None:                          # radical.orbit 0.2 has renamed edges
             name, self.word = message.get("endpoint_name"), "endpoints"
-        error = self.registry.check(self, name, _instance_of(message))
+        error = self.registry.check(self, name, _instance_of(message)) or \
+            self.registry.check_share(self, name)
         if error:
             self.registry.counters.add("links_refused_total")
             bridge_log.warning("edge %.80r of token %s is refused: %s", name, self.identity.name,
@@ -8357,6 +8367,9 @@ class EdgeLink:
         edges = message.get(self.word)
         mine = edges.get(self.name) if isinstance(edges, dict) else None
         if isinstance(mine, dict):
+            error = self.registry.check_share(self, self.name)
+            if error:
+                raise ProtocolError(error, CloseCode.POLICY)
             self._take_plugins(mine.get("plugins"), self.name)
             self.describe()
             self.registry.on_changed()
@@ -8477,7 +8490,7 @@ class Absence:
 
     def __init__(self, name: str, instance: str, token: str, described: str, until: float) -> None:
         self.name, self.instance, self.token = name, instance, token
-        self.described, self.until = described, until
+        self.described, self.until, self.told = described, until, len(described)
         self.takes_uploads = bool(instance)       # an older edge has none
         self.plugins: Dict[str, Any] = json.loads(described)["plugins"]
         self.waiting: List[Exchange] = []
@@ -8553,6 +8566,22 @@ class EdgeRegistry:
         if known is not None and not known.is_same(instance, link.identity):
             return f"Edge '{name}' already used"
         return None
+
+    def check_share(self, link: EdgeLink, name: str) -> Optional[str]:
+        """Return why the link's token may not have one more edge, or so much of it; or None.
+
+        Whoever steals one edge's token is not to take all room for edges, or for what they say.
+        """
+        others = [item for item in self._present().values()
+                  if item.token == link.token and item.name != name]
+        error = None
+        if len(others) >= max(1, MAX_EDGES // 2):
+            error = f"its token has {len(others)} edges already: half of all that there may be"
+        elif link.told + sum(item.told for item in others) > MAX_TOLD:
+            error = f"the edges of its token say more of themselves than {MAX_TOLD} bytes"
+        if error:
+            self.counters.count_limit("registrations")
+        return error
 
     def add(self, link: EdgeLink, name: str) -> None:
         """Serve a link that passed check(); its own stale predecessor is replaced at once."""

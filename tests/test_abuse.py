@@ -69,6 +69,16 @@ def test_the_table_names_every_route_of_the_bridge_and_of_a_plugin(bridge, edge)
         assert any(path == f"/e1/echo/{name}" for _, path in covered)
 
 
+def test_each_test_that_security_md_names_is_there():
+    folder = Path(__file__).parent
+    text = (folder.parent / "SECURITY.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", text)
+    assert len(named) > 50
+    for file, name in named:
+        path = folder.parent / file if file == "test_edge.py" else folder / (file or "test_abuse.py")
+        assert re.search(rf"^def {name}\(", path.read_text(encoding="utf-8"), re.MULTILINE), name
+
+
 # ---------------------------------------------------------------------------
 # Tokens: in the wrong place, expired, revoked in mid-stream
 # ---------------------------------------------------------------------------

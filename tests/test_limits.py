@@ -268,6 +268,41 @@ def test_what_an_edge_says_of_itself_has_limits(bridge, raw, fake_edge):       #
     assert names == {}
 
 
+def test_the_edges_of_one_token_have_a_share_of_what_edges_may_say(bridge, raw, tokens, monkeypatch):
+    monkeypatch.setattr(radical_edge, "MAX_TOLD", 100_000)
+
+    def register(name, size, token=tokens[1]["edge"]):
+        fake = FakeEdge(bridge, token, name, endpoint={"x": "y" * size}, instance=name)
+        return fake, fake.hear("topology")
+
+    first, second = register("f1", 40_000)[0], register("f2", 40_000)[0]
+    third, answer = register("f3", 40_000)
+    assert answer == {"close": 1008} and count(raw(), "registrations") == 1
+    other = register("f4", 90_000, tokens[0].add("edge-2", "edge"))
+    assert other[1]["type"] == "topology"         # another token has a share of its own
+    again = register("f1", 50_000)                # and who comes back has what it had
+    assert again[1]["type"] == "topology"
+    again[0].say(type="topology", edges={"f1": {"plugins": {"p": {"ui_config": "z" * 70_000}}}})
+    wait_until(lambda: again[0].hear("none") == {"close": 1008})
+    second.close()
+    wait_until(lambda: list(bridge._registry.links) == ["f4"] and "f2" in bridge._registry.absent)
+    last, answer = register("f5", 70_000)         # those that may be back count, too
+    assert answer == {"close": 1008}
+    for fake in (first, third, other[0], again[0], last):
+        fake.close()
+
+
+def test_the_edges_of_one_token_leave_room_for_others(bridge, raw, tokens, monkeypatch):
+    monkeypatch.setattr(radical_edge, "MAX_EDGES", 4)
+    fakes = [FakeEdge(bridge, tokens[1]["edge"], name) for name in ("f1", "f2", "f3")]
+    assert [fake.hear("topology").get("close") for fake in fakes] == [None, None, 1008]
+    fakes.append(FakeEdge(bridge, tokens[0].add("edge-2", "edge"), "f4"))
+    assert fakes[-1].hear("topology")["type"] == "topology"
+    assert count(raw(), "registrations") == 1
+    for fake in fakes:
+        fake.close()
+
+
 def test_a_first_head_and_a_later_one_have_their_time(bridge, raw, monkeypatch):
     monkeypatch.setattr(radical_edge, "HEAD_S", 0.3)
     first, later = raw(), raw()
