@@ -23,6 +23,12 @@ COMMANDS = [line.partition("radical_edge.py ")[2] for name in TEXTS
             if re.match(r"    [\w.]*\$ .*radical_edge\.py ", line)]
 
 
+# of sbatch, squeue, our tests and our measurements
+OTHERS = {"--account", "--cpus-per-task", "--gpus-per-task", "--job-name", "--json", "--mem",
+          "--nodes", "--ntasks", "--ntasks-per-node", "--partition", "--qos", "--requeue",
+          "--reservation", "--seconds", "--stuck", "--time"}
+
+
 def python_blocks(text):
     """Return the contents of its ```python blocks."""
     return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
@@ -42,6 +48,13 @@ def test_a_command_is_one_that_the_parser_takes(command):
     options = radical_edge.make_parser().parse_args(shlex.split(command, comments=True))
     assert any((options.bridge, options.edge, options.list, options.call, options.check,
                 options.events is not None, options.put, options.get, options.token))
+
+
+def test_each_option_that_is_named_is_one():
+    known = {option for action in radical_edge.make_parser()._actions
+             for option in action.option_strings}
+    for text in [(ROOT / name).read_text(encoding="utf-8") for name in (*TEXTS, "CHANGELOG.md")]:
+        assert not set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known - OTHERS
 
 
 def test_each_file_that_is_named_is_there():
