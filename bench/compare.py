@@ -335,16 +335,14 @@ def compare_starts(folder: Path, stack: contextlib.ExitStack) -> list[System]:
     systems: list[System] = []
     rows: list[list[tuple[float, float]]] = [[], []]
     for number in range(ROUNDS):
-        for system in systems:
-            system.close()
+        stack.close()                             # ends those of the round before
         systems = []
         for made, row in zip((Ours, Theirs), rows):
             home = folder / f"{made.__name__}-{number}"
             home.mkdir()
             systems.append(made(home))
+            stack.callback(systems[-1].close)
             row.append((systems[-1].first_answer_s, systems[-1].edge_answer_s))
-    for system in systems:
-        stack.callback(system.close)
     for at, title in enumerate(("bridge: start to answer", "edge: start to answer")):
         show(title, *(statistics.median(item[at] for item in row) for row in rows), "s, median")
     return systems
