@@ -1895,6 +1895,43 @@ def test_a_body_that_looks_like_a_request_is_not_run(edge, raw):
     assert client.request("GET", "/e1/echo/hello")[0] == 200
 
 
+def test_a_head_that_was_read_before_is_known_again_unless_it_is_long():
+    head = b"GET /a HTTP/1.1\r\nHost: x\r\nConnection: x-hop\r\nX-Hop: 1\r\nX-End: 2"
+    known = radical_edge.parse_request_head(head)
+    assert radical_edge.parse_request_head(bytes(bytearray(head))) is known
+    assert known.forwarded == {"x-end": "2"} and known.fields["x-hop"] == "1"
+    other = radical_edge.parse_request_head(head.replace(b"/a", b"/b"))
+    assert (other.path, other.fields) == ("/b", known.fields)
+    long = head + b"\r\nX-Long: " + b"x" * radical_edge.MAX_KEPT_HEAD
+    assert radical_edge.parse_request_head(long) is not radical_edge.parse_request_head(long)
+    for _ in range(2):                            # what is refused is refused again
+        refusal_of(radical_edge.parse_request_head, head + b"\r\nHost: y",
+                   error=radical_edge.BadRequest)
+
+
+def test_what_becomes_of_a_request_is_nothing_to_another_with_the_same_head(edge, raw, tokens):
+    head = (f"POST /e1/echo/echo HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n"
+            f"Authorization: Bearer {tokens[1]['client']}\r\n\r\n").encode()
+    bad, good = raw(), raw()
+    bad.send(head + b"nonsense\r\n")
+    status, fields, _ = bad.reply()
+    assert (status, fields["connection"]) == (400, "close") and bad.is_closed()
+    ids = set()
+    for _ in range(2):
+        good.send(head + b"1\r\na\r\n0\r\n\r\n")
+        status, fields, body = good.reply()
+        assert (status, body) == (200, b"a") and "connection" not in fields
+        ids.add(fields["x-request-id"])
+    assert len(ids) == 2
+    tokens[0].revoke("client-1")
+
+    def is_refused():
+        good.send(head + b"1\r\na\r\n0\r\n\r\n")
+        return good.reply()[0] == 401
+
+    wait_until(is_refused)
+
+
 def test_pipelined_requests_are_answered_in_order(edge, raw):
     client = raw()
     client.send_request("GET", "/e1/echo/wait/0.2")
@@ -2801,7 +2838,7 @@ def test_an_edge_that_sends_without_credit_loses_its_link(fake_edge2, raw):
         fake_edge2.hear_wire(radical_edge.Kind.ACK)
 
 
-@pytest.mark.parametrize("head", [[], [99, {}], ["200", {}], [200, []], [200, {"a b": "c"}],
+@pytest.mark.parametrize("head", [[], {}, [99, {}], ["200", {}], [200, []], [200, {"a b": "c"}],
                                   [200, {"a": "b\r\nc: d"}], [True, {}]])
 def test_an_answer_of_nonsense_on_a_stream_is_502(fake_edge2, raw, head):
     client = raw()
