@@ -176,7 +176,7 @@ def test_a_field_that_is_not_signed_does_not_reach_the_handler(hostile):
     assert status == 200 and answer["mode"] is None and answer["type"] == "a/b"
 
 
-@pytest.mark.parametrize("ago, status", [(299, 200), (-290, 200), (310, 401), (-310, 401),
+@pytest.mark.parametrize("ago, status", [(280, 200), (-290, 200), (310, 401), (-340, 401),
                                          (10**9, 401)])
 def test_a_signature_is_good_for_five_minutes_on_either_side(hostile, monkeypatch, ago, status):
     bridge, plugin = hostile
