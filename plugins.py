@@ -4949,14 +4949,18 @@ class PSIJSession(PluginSession):
         job = Job(job_id, self.sid, executor_name, spec, self._plugin.jobs_dir / job_id)
         job.on_change = self._on_change
         self._jobs[job_id] = job
+        # to its end, although the client may go away meanwhile
+        await asyncio.shield(asyncio.ensure_future(self._start(executor, job)))
+        return {"job_id": job_id, "native_id": job.native_id}
+
+    async def _start(self, executor: Any, job: Job) -> None:
         try:
             await executor.submit(job)
-        except Exception:                         # a cancellation tells nothing
-            if job_id not in executor.jobs:       # it did not start
-                del self._jobs[job_id]
+        except Exception:
+            if job.job_id not in executor.jobs:   # it did not start
+                del self._jobs[job.job_id]
                 await asyncio.to_thread(shutil.rmtree, job.folder, True)
             raise
-        return {"job_id": job_id, "native_id": job.native_id}
 
     async def get_job_status(self, job_id: str, stdout_offset: int = 0,
                              stderr_offset: int = 0) -> Dict[str, Any]:
@@ -12897,11 +12901,8 @@ class XGFabricSession(PluginSession):
             raise Unprocessable(f"workflow: {config['name']!r} has no simulation_task")
         known = builtin_resource(resource) or await asyncio.to_thread(self._files.load, resource)
         resources = dataclasses.asdict(dict_to_resource_config(known))
-        async with self._starting:
-            if self.is_busy():
-                raise Conflict("a workflow is running already: stop it first")
-            await asyncio.to_thread(self._prepare, config, resources)
-            self._begin()
+        # to its end, although the client may go away meanwhile
+        await asyncio.shield(asyncio.ensure_future(self._start_run(config, resources)))
         return {"status": "started", "config": config["name"]}
 
     async def stop_workflow(self) -> Dict:
@@ -12943,6 +12944,13 @@ class XGFabricSession(PluginSession):
     @property
     def _record_path(self) -> Path:
         return self._plugin.state_dir / "runs" / f"{self.sid}.json"
+
+    async def _start_run(self, config: Dict, resources: Dict) -> None:
+        async with self._starting:
+            if self.is_busy():
+                raise Conflict("a workflow is running already: stop it first")
+            await asyncio.to_thread(self._prepare, config, resources)
+            self._begin()
 
     def _prepare(self, config: Dict, resources: Dict) -> None:
         """Write down a new run. Blocks."""

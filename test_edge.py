@@ -5500,6 +5500,30 @@ def test_cancel_ends_the_whole_group_also_one_that_ignores_sigterm(psij, monkeyp
     assert psij.cancel(job_id)[0] == 409
 
 
+def test_a_job_whose_client_goes_away_while_it_is_started_is_started_and_known(psij, monkeypatch):
+    # it ran, unknown to the edge, and the session had a job that was NEW for ever
+    begun, go_on, launch = threading.Event(), threading.Event(), plugins.LocalExecutor._launch
+
+    def slowly(*arguments):
+        begun.set()
+        assert go_on.wait(20)
+        return launch(*arguments)
+
+    monkeypatch.setattr(plugins.LocalExecutor, "_launch", slowly)
+    body = json.dumps({"job_spec": {"executable": "/bin/echo", "arguments": ["a"]}}).encode()
+    call = radical_edge.Call(radical_edge.EdgeRequest("1", "POST", f"/psij/submit/{psij.sid}", {},
+                                                      body))
+    answers = []
+    call.respond = answers.append
+    psij.host.dispatch(call)
+    assert begun.wait(20)
+    call.cancel()
+    wait_until(lambda: answers)                   # the handler was told
+    go_on.set()
+    (job,) = psij.get(f"list_jobs/{psij.sid}")[1]["jobs"]
+    assert psij.wait(job["job_id"])["stdout"] == "a\n"
+
+
 def test_a_cancel_at_the_natural_end_leaves_exactly_one_final_state(psij):
     for delay in ("0", "0.01", "0.02", "0.03") * 8:
         job_id = psij.shell(f"sleep {delay}")

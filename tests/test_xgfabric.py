@@ -21,9 +21,9 @@ import plugins
 from plugins import (SensorRecord, WorkflowConfig, classify_edges, config_to_dict, dict_to_config,
                      dict_to_resource_config, make_mock_records, make_parameters,
                      parse_sensor_record, parse_seq_no)
-from radical_edge import (BadRequest, BridgeClient, Conflict, Edge, EdgeError, NotFound,
-                          Unprocessable)
-from test_edge import SCRIPT, needs_module, wait_until
+from radical_edge import (BadRequest, BridgeClient, Call, Conflict, Edge, EdgeError, EdgeRequest,
+                          NotFound, PluginHost, Unprocessable)
+from test_edge import SCRIPT, ask, needs_module, wait_until
 
 STEPS = plugins.WorkflowRun.STEPS
 NEEDED = ["rhapsody", "staging", "sysinfo"]
@@ -301,6 +301,36 @@ def test_a_run_that_is_just_being_written_down_can_be_stopped(fabric, monkeypatc
         thread.join(60)
     assert sorted(answer["status"] for answer in answers) == ["started", "stopped"]
     assert fabric.get_status()["status"] in ("cancelled", "failed")
+
+
+def test_a_run_whose_client_goes_away_while_it_is_written_down_begins(home, tmp_path, monkeypatch):
+    # it said that it was running for ever, and began when the edge was started anew
+    writing, go_on, prepare = threading.Event(), threading.Event(), plugins.XGFabricSession._prepare
+
+    def slowly(*arguments):
+        writing.set()
+        assert go_on.wait(30)
+        prepare(*arguments)
+
+    monkeypatch.setattr(plugins.XGFabricSession, "_prepare", slowly)
+    host = PluginHost("e1", "edge", home / "state", notify=lambda *_: None, changed=lambda: None,
+                      bridge_url="http://127.0.0.1:9")
+    host.add(plugins.PluginXGFabric)
+    try:
+        sid = ask(host, "POST", "/xgfabric/register_session", {"workdir": str(tmp_path)})[1]["sid"]
+        call = Call(EdgeRequest("1", "POST", f"/xgfabric/start/{sid}", {}, b'{"workflow": "test"}'))
+        answers = []
+        call.respond = answers.append
+        host.dispatch(call)
+        assert writing.wait(30)
+        call.cancel()
+        wait_until(lambda: answers)               # the handler was told
+        go_on.set()
+        state = wait_until(lambda: next((found for found in [
+            ask(host, "GET", f"/xgfabric/status/{sid}")[1]] if found["end_time"]), None), 60)
+        assert state["status"] == "failed" and state["config_name"] == "test"
+    finally:
+        assert host.stop()
 
 
 def test_without_a_clients_token_a_run_says_what_to_do(fabric, tokens, home):
