@@ -3353,6 +3353,7 @@ class Job:
         self.unsure_until = 0.0                   # it may still turn up there; epoch
         self.gone = False                         # it runs no more, whatever its state says
         self.on_change: Callable[["Job"], None] = lambda job: None
+        self.settling = asyncio.Lock()            # held by who finds out whether it was submitted
         self.begun = asyncio.Event()              # set once it runs, or could not
         self.ended = asyncio.Event()
 
@@ -4699,7 +4700,8 @@ class BatchExecutors:
     async def _submit(self, driver: BatchDriver, job: Job, handle: Any) -> None:
         try:
             await asyncio.to_thread(shutil.rmtree, job.folder, True)     # if it never ran before
-            await asyncio.to_thread(lambda: job.folder.mkdir(parents=True, mode=0o700))
+            await asyncio.to_thread(
+                lambda: job.folder.mkdir(parents=True, exist_ok=True, mode=0o700))
             job.submitted = time.time()
             await self._store(job)                # first: a killed edge must find it again
             job.native_id = await self._submitters.call(driver.submit, handle)
@@ -4716,9 +4718,15 @@ class BatchExecutors:
         self._look_after(job.executor)
 
     async def _settle(self, driver: BatchDriver, job: Job) -> None:
-        """Find out what became of a submission that nobody saw the end of."""
-        if job.job_id in self._submitting:
-            return
+        """Find out what became of a submission that nobody saw the end of.
+
+        One at a time: of two, the later would write this over what is known of a new submission.
+        """
+        async with job.settling:
+            if job.job_id not in self._submitting and job.native_id is None and not job.is_final:
+                await self._settle_locked(driver, job)
+
+    async def _settle_locked(self, driver: BatchDriver, job: Job) -> None:
         try:
             native_id = await self._lookers.call(driver.find, job.job_id, job.submitted)
         except SchedulerTrouble as error:

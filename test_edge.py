@@ -4710,7 +4710,7 @@ def test_a_body_with_a_number_that_json_lacks_is_400(edge, raw, body):
 
 
 @pytest.mark.parametrize("text", ["\ud800", "\udcff", "a\udfffb"])
-def test_half_a_surrogate_pair_goes_through_answers_errors_and_notifications(edge, raw, bridge, text):
+def test_half_a_surrogate_pair_goes_through_answers_errors_and_notifications(edge, raw, text):
     # it has no UTF-8: an error that quoted one was never answered at all
     client, body = raw(), json.dumps({"text": text}).encode()
     reply = client.request("POST", "/e1/echo/json", body)
@@ -5558,7 +5558,8 @@ def test_output_that_is_no_file_or_read_far_behind_its_end_is_empty(psij, tmp_pa
     assert plugins.read_output(tmp_path / "pipe", 0, complete=True) == ("", 0, True)
     assert plugins.read_tail(tmp_path / "pipe") == ""
     status = psij.wait(psij.shell("true", stdout_path=str(tmp_path)))
-    assert (status["state"], status["stdout"]) == ("FAILED", "") and "directory" in status["message"]
+    assert (status["state"], status["stdout"]) == ("FAILED", "")
+    assert "directory" in status["message"]
     assert psij.wait(psij.shell("echo x", stdout_path="/dev/null"))["stdout"] == ""
     job_id = psij.shell("echo hello")
     psij.wait(job_id)

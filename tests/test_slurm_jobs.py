@@ -603,6 +603,35 @@ def test_many_submissions_and_cancels_that_hang_hold_up_no_other_job(psij, progr
             thread.join(60)
 
 
+def test_what_became_of_a_submission_is_found_out_by_one_at_a_time(psij, programs, monkeypatch):
+    """Two wrote down that it had failed, the later one over what a new submission had written."""
+    both, failed, store = threading.Barrier(2), [], plugins.BatchExecutors._store
+
+    def find(_driver, _job_id, _since):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(1.0)
+
+    async def count(self, job, verdict=None):
+        failed.extend([job] if verdict and verdict.state == "FAILED" else [])
+        await store(self, job, verdict)
+
+    monkeypatch.setattr(plugins.SlurmDriver, "find", find)
+    monkeypatch.setattr(plugins.BatchExecutors, "_store", count)
+    monkeypatch.setattr(plugins, "UNSURE_S", 0.0)
+    programs(sbatch="echo it is done!")           # whether it was taken, nobody knows
+    body = {"job_spec": {"executable": "/bin/true"}, "executor": "slurm"}
+
+    def send():
+        return ask(psij.host, "POST", f"/psij/submit/{psij.sid}", body,
+                   {"idempotency-key": "the-same-one"})
+
+    assert send()[0] == 503
+    programs(sbatch="echo Submitted batch job 77")
+    status, answer = wait_until(lambda: next((got for got in [send()] if got[0] != 503), None), 30)
+    assert (status, answer["native_id"]) == (200, "77") and len(failed) == 1
+    psij.wait(answer["job_id"], "ACTIVE")
+
+
 @pytest.mark.parametrize("words", ["", "it is done!"])
 def test_an_sbatch_that_names_no_job_is_503_and_the_job_is_looked_for(psij, programs, monkeypatch,
                                                                      words):
