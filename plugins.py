@@ -9275,8 +9275,11 @@ class LibraryTasks:
                 else None
             return {"state": "DONE", "exit_code": 0 if code is None else code,
                     **encode_return(value, self._host.settings["allow_pickle"])}
-        if state == "CANCELED":
+        if state == "CANCELED" and task.reason:
             return {"state": "CANCELED", "exit_code": None}
+        if state == "CANCELED":                   # nobody asked for that: it lost its workers
+            return {"state": "FAILED", "exit_code": None, "error":
+                    f"the backend {self._name!r} gave it up; see host.log of the session"}
         if isinstance(error, BaseException) and "function" in task.spec:
             return describe_exception(error)
         if code is not None and code < 0:

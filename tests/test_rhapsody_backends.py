@@ -179,6 +179,34 @@ def test_a_program_that_waits_for_a_worker_is_queued_and_its_timeout_has_not_beg
     check_waiting_programs(connect([{"name": "dask", "options": options}]), tmp_path)
 
 
+CLUSTER = """
+from distributed import LocalCluster
+if __name__ == "__main__":
+    cluster = LocalCluster(n_workers=1, processes=False, protocol="tcp", dashboard_address=None)
+    print(cluster.scheduler_address, flush=True)
+    input()
+"""
+
+
+def test_tasks_of_a_cluster_that_dies_have_failed_and_nobody_has_canceled_them(
+        edge_with, connect, tmp_path):  # noqa: F811
+    python = find_python("rhapsody")
+    edge_with(python)
+    with subprocess.Popen([python, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, text=True) as cluster:
+        try:
+            address = cluster.stdout.readline().strip()
+            session = connect([{"name": "dask", "options": {"address": address}}])
+            [task] = session.submit_tasks([script(
+                f"touch {tmp_path}/begun; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done")])
+            wait_until((tmp_path / "begun").exists, PATIENCE)
+        finally:
+            cluster.kill()
+    [ended] = session.wait_tasks([task["uid"]], PATIENCE)
+    (tmp_path / "go").touch()
+    assert ended["state"] == "FAILED" and "gave it up" in ended["error"], ended
+
+
 def test_a_closed_session_leaves_no_process(session, home):
     mark = f"close-{os.getpid()}-{time.time_ns()}"
     session.submit_tasks([script("setsid sleep 1000 & sleep 1000", env={"MARK": mark})])
