@@ -8305,8 +8305,12 @@ class TaskHost:
         self._send({"state": self._state, "error": self._error})
 
     def _report_soon(self) -> None:
-        if self._reporting is None:
-            self._reporting = self._loop.call_later(TURN_S, self._report)
+        if self._reporting is not None and self.live:
+            return
+        if self._reporting is not None:
+            self._reporting.cancel()
+        # once nothing lives, nothing comes that could be told with it
+        self._reporting = self._loop.call_later(TURN_S if self.live else 0, self._report)
 
     def _report(self) -> None:
         """Write down and tell what has changed; what cannot be written is tried again."""
