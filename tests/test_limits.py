@@ -374,7 +374,7 @@ class Slow(radical_edge.Plugin):
 def test_the_time_in_which_we_do_not_read_is_not_held_against_a_body(bridge, edge, raw, monkeypatch,
                                                                     at):
     for name in ("BODY_IDLE_S", "BODY_RATE_S"):
-        monkeypatch.setattr(radical_edge, name, 1.0)
+        monkeypatch.setattr(radical_edge, name, 3.0)
     made = (edge.host if at == "e1" else bridge._host).add(Slow)
     client = raw()
     wait_until(lambda: client.request("GET", f"/{at}/slow/version")[0] == 200)
@@ -382,7 +382,7 @@ def test_the_time_in_which_we_do_not_read_is_not_held_against_a_body(bridge, edg
     sender = threading.Thread(target=client.send, args=(bytes(20_000_000),))
     sender.start()
     wait_until(lambda: any(connection._paused for connection in bridge.connections))
-    time.sleep(3 * radical_edge.SWEEP_S + 2.0)    # both deadlines would be over
+    time.sleep(3.0 + 4 * radical_edge.SWEEP_S)    # both deadlines would be over
     made.read_on()
     reply = client.reply()
     sender.join()
@@ -393,7 +393,7 @@ def test_the_time_in_which_we_do_not_read_is_not_held_against_a_body(bridge, edg
 @pytest.mark.parametrize("at", ["e1", "bridge"])
 def test_a_handler_is_cancelled_when_the_body_it_waits_for_is_given_up(bridge, edge, raw, monkeypatch,
                                                                       at):
-    monkeypatch.setattr(radical_edge, "BODY_IDLE_S", 1.0)
+    monkeypatch.setattr(radical_edge, "BODY_IDLE_S", 3.0)
     made = (edge.host if at == "e1" else bridge._host).add(Slow)
     client = raw()
     wait_until(lambda: client.request("GET", f"/{at}/slow/version")[0] == 200)
