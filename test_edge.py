@@ -6108,7 +6108,7 @@ def test_the_core_runs_when_it_is_the_only_file(tmp_path, home):
                                stdout=subprocess.PIPE, text=True)
     try:
         lines = [process.stdout.readline() for _ in range(3)]
-        assert lines[2] == "edge: e1, with no plugins\n"
+        assert lines[2] == f"edge: e1, with plugins: {radical_edge.WITHOUT_PLUGINS}\n"
     finally:
         process.terminate()
         assert process.wait(10) == 0
