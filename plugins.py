@@ -945,12 +945,6 @@ def _whole(value: Any) -> Optional[int]:
     return None if number is None or math.isinf(number) else int(number)
 
 
-def _count(text: str) -> Optional[int]:
-    """Return a number of Slurm's tables: "64", "64+", or "1K" for what is a multiple of 1024."""
-    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)([KMGT]?)\+?", text.strip())
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")) if match else None
-
-
 def _positive(value: Any) -> Optional[int]:
     return _whole(value) or None                  # dates, and ids of arrays: 0 is none
 
@@ -1159,8 +1153,8 @@ def _parse_sinfo_node(node: Dict[str, Any]) -> List[NodeFacts]:
 def parse_sinfo_text(text: str) -> List[NodeFacts]:
     """Return the nodes of `sinfo -h -N -o SINFO_FORMAT`, a line for each in each partition."""
     rows = [line.split("|", 6) for line in text.splitlines()]
-    return [NodeFacts(row[0], 1, frozenset(slurm_states(row[2])), _count(row[3]) or 0,
-                      _count(row[4]) or 0, parse_gpus(row[5]), _names(row[6]))
+    return [NodeFacts(row[0], 1, frozenset(slurm_states(row[2])), _whole(row[3].rstrip("+")) or 0,
+                      _whole(row[4].rstrip("+")) or 0, parse_gpus(row[5]), _names(row[6]))
             for row in rows if len(row) == 7]
 
 
@@ -1296,8 +1290,8 @@ def _parse_job_line(fields: List[str]) -> Dict[str, Any]:
     return _record(JOB_FIELDS, {
         "job_id": job_id, "job_name": name, "user": user, "partition": partition, "state": state,
         "array_job_id": array if is_array else None, "array_tasks": task if is_array else None,
-        "nodes": _count(nodes), "cpus": _count(cpus), "gpus": parse_gpus(gres) *
-        (_count(nodes) or 1), "time_limit": time_limit, "time_used": parse_slurm_duration(used),
+        "nodes": _whole(nodes), "cpus": _whole(cpus), "gpus": parse_gpus(gres) *
+        (_whole(nodes) or 1), "time_limit": time_limit, "time_used": parse_slurm_duration(used),
         "submit_time": parse_slurm_date(submitted), "start_time": None if pending else started,
         "estimated_start": started if pending else None, "end_time": None if pending else ended,
         "priority": _whole(priority), "account": _text(account), "qos": _text(qos),

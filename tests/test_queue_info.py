@@ -239,16 +239,6 @@ def test_shapes_of_other_versions_are_understood():
     assert (job["job_id"], job["time_used"]) == ("6+1", 50)
 
 
-def test_counts_that_slurm_abbreviates_in_its_tables_are_numbers():
-    # 1024 CPUs and what is a multiple of that: "1K", which was no number
-    row = "7|7|N/A|RUNNING|None|alice|wide|a|q|2K|128K|1:00|0:30|1|2|3|9|gres/gpu:4|(null)|n1|job"
-    (job,) = plugins.parse_squeue_text(f"##|{row}\n", "##")
-    assert (job["nodes"], job["cpus"], job["gpus"]) == (2048, 131072, 8192)
-    (node,) = plugins.parse_sinfo_text("wide|n1|idle|1K+|1500K|gpu:4|(null)\n")
-    assert (node.cpus, node.memory) == (1024, 1500 * 1024)
-    assert [plugins._count(text) for text in ("64", " 64+", "", "N/A", "1Q")] == [64, 64] + 3 * [None]
-
-
 def test_one_odd_row_does_not_cost_the_others(caplog):
     document = json.loads(json.dumps(recorded_json("24.11", "squeue-busy")))
     odd = document["jobs"][3]
