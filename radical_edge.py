@@ -9059,15 +9059,17 @@ class _Routes:
             raise Unprocessable('token: send {"token": "..."}')
         identity, cookie = self._authenticator.sign_in(token, exchange.connection.address)
         return JSONResponse(identity.describe(),
-                            headers={"Set-Cookie": self._cookie_field(cookie, COOKIE_S)})
+                            headers={"Set-Cookie": self._cookie_field(exchange, cookie, COOKIE_S)})
 
-    def _sign_out(self, _exchange: Exchange) -> Response:
+    def _sign_out(self, exchange: Exchange) -> Response:
         """End a browser's sign-in."""
         return JSONResponse({"status": "signed out"},
-                            headers={"Set-Cookie": self._cookie_field("", 0)})
+                            headers={"Set-Cookie": self._cookie_field(exchange, "", 0)})
 
-    def _cookie_field(self, value: str, age: int) -> str:
-        secure = "; Secure" if self._registry.url.startswith("https") else ""
+    def _cookie_field(self, exchange: Exchange, value: str, age: int) -> str:
+        """Return the field; the page's own origin tells when a proxy in front of us has the TLS."""
+        page = exchange.head.fields.get("origin", self._registry.url)
+        secure = "; Secure" if "https" in (self._registry.url[:5], page[:5]) else ""
         return (f"{COOKIE_NAME}={value}; Path=/; Max-Age={age}; HttpOnly; SameSite=Strict{secure}")
 
     def _list_topology(self, _exchange: Exchange) -> Any:

@@ -2911,6 +2911,16 @@ def test_a_browser_signs_in_with_a_cookie_that_is_not_the_token(bridge, raw, tok
     wait_until(lambda: client.request("GET", "/edges", headers=signed)[0] == 401)
 
 
+@pytest.mark.parametrize("origin", ["http://127.0.0.1", "https://127.0.0.1"])
+def test_a_cookie_is_secure_where_the_page_is_though_tls_may_end_at_a_proxy(raw, tokens, origin):
+    client = raw(None)
+    sign_in = json.dumps({"token": tokens[1]["client"]}).encode()
+    for path, body in [("/auth", sign_in), ("/logout", b"")]:
+        status, fields, _ = client.request("POST", path, body, headers=[("Origin", origin)])
+        assert status == 200
+        assert ("; Secure" in fields["set-cookie"]) is origin.startswith("https:")
+
+
 @pytest.mark.parametrize("value", [
     "admin-1", "admin-1:", "admin-1:\xb2:x", "admin-1:+9:x", "admin-1:99999999999:\xe9",
     "admin-1:99999999999:", "nobody:99999999999:x", ":::", "\xff"])
