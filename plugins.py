@@ -7628,6 +7628,7 @@ IMPORT_S = 30.0                # a function's module must be imported within so 
 FOLDER_CHECK_S = 10.0          # a host without an edge looks so often whether its folder is there
 FIRST_EDGE_S = 60.0            # a host that no edge has found by then ends
 
+STILL_INITIALIZING = "session is still initializing"     # a 409 that says this comes too early
 TASK_FINAL_STATES = frozenset(("DONE", "FAILED", "CANCELED", "COMPLETED"))
 LOCAL_BACKEND = "local"
 BACKEND_ALIASES = {"dragon_v3": "dragon"}
@@ -10177,7 +10178,8 @@ class RhapsodySession(PluginSession):
     def _check_ready(self) -> None:
         status = self.get_status()
         if status["status"] == "initializing":
-            raise Conflict("session is still initializing: try again, or wait for session_status")
+            raise Conflict(f"{STILL_INITIALIZING}: try again, or wait for session_status",
+                           headers={"Retry-After": "1"})
         if status["status"] == "failed":
             raise Unavailable(f"the session could not be initialized: {status['error']}")
 
@@ -10427,7 +10429,7 @@ class RhapsodyClient(PluginClient):
                 return reply.json()
             if reply.status_code != 503:
                 self._nonce = secrets.token_hex(8)               # an answer: no retry of it
-            if reply.status_code != 409 or b"still initializing" not in reply.content:
+            if reply.status_code != 409 or STILL_INITIALIZING.encode() not in reply.content:
                 reply.raise_for_status()
             self._wait_ready()                    # the edge, or a backend, was just restarted
 
@@ -11266,7 +11268,7 @@ class LucidSession(PluginSession):
     def _require_child(self) -> PilotChild:
         if self.status == "starting":
             raise Conflict("the session is still starting, which takes 10 s or more: ask for its "
-                           "status, and try again when it is ready")
+                           "status, and try again when it is ready", headers={"Retry-After": "5"})
         if self._error is not None:
             raise self._error
         return self._child
@@ -12301,6 +12303,8 @@ class OtherEdges:
     def _is_away(self, error: EdgeError, edge: str) -> bool:
         if isinstance(error, (Unavailable, BadGateway, DeadlineExceeded)):
             return True
+        if isinstance(error, Conflict) and STILL_INITIALIZING in error.detail:
+            return True                           # of rhapsody: that edge was just restarted
         if not isinstance(error, NotFound) or not edge:
             return False
         try:                                      # no such edge, or no such thing on the edge?
@@ -12466,6 +12470,11 @@ class Pilot:
                             allocate_clusters=clusters)
 
 
+def place_in_workspace(config: WorkflowConfig, record: RunRecord, name: str) -> Path:
+    """Return where a run has a file on its way; another one may have the same workspace."""
+    return open_workspace(config.local_workspace) / "staging" / f"{record.data['run']}.{name}"
+
+
 class Simulations:
     """The simulations of one run, in batches."""
 
@@ -12499,6 +12508,7 @@ class Simulations:
                 local = self._place(name)
                 self._edges.get_file(self._record.data["immediate"]["edge_name"], source, local)
                 self._edges.put_file(child, local, self._target(child, name))
+                local.unlink()
                 self._record.keep(moved=[*self._record.data["moved"], name])
             self._record.update(f"moved {name}", progress=50 + (index + 1) * 10 // len(results))
 
@@ -12561,6 +12571,7 @@ class Simulations:
             local = self._place(name)
             write_private(local, str(self._tasks.get(edge, uid).get("stdout") or ""))
             self._edges.put_file(edge, local, path)
+            local.unlink()
         return path
 
     def _abandon(self, batch: Dict[str, Any]) -> None:
@@ -12571,7 +12582,7 @@ class Simulations:
         self._record.update("the pilot's edge is there: what has not ended will run on it")
 
     def _place(self, name: str) -> Path:
-        return open_workspace(self._config.local_workspace) / "staging" / name
+        return place_in_workspace(self._config, self._record, name)
 
     def _target(self, edge: str, name: str) -> str:
         return f"{self._tasks.folder(edge)}/simulations/{name}"
@@ -12767,11 +12778,14 @@ class WorkflowRun:
 
     def _put_sensor_data(self, edge: str) -> None:
         """Copy the readings to an edge, and make the directories for what tasks write."""
-        workspace, folder = open_workspace(self._config.local_workspace), self._tasks.folder(edge)
+        folder = self._tasks.folder(edge)
         for name in ("simulations", "models", "evaluation"):
             self._edges.make_dir(edge, f"{folder}/{name}")
-        self._edges.put_file(edge, workspace / "data/sensor_out.csv",
-                             f"{folder}/data/sensor_out.csv")
+        local = place_in_workspace(self._config, self.record, "sensor_out.csv")
+        records = [SensorRecord(*record) for record in self.record.data["records"]]
+        write_private(local, encode_sensor_csv(records))
+        self._edges.put_file(edge, local, f"{folder}/data/sensor_out.csv")
+        local.unlink()
 
     # -- the end
 

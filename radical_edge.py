@@ -5425,9 +5425,10 @@ class OnceStore:
     """Runs a request with an Idempotency-Key once, and gives a retry the recorded answer.
 
     That is kept for ONCE_S, across restarts, MAX_ONCE of them at most. An answer that says "not
-    now" is not recorded, for a retry is what it asks for. A request that a killed process had begun
-    is a 409, as it may have been done, unless its handler is @repeatable. (The header field is that
-    of the IETF draft "The Idempotency-Key HTTP Header Field".)
+    now", by its status or by Retry-After, is not recorded, for a retry is what it asks for. A
+    request that a killed process had begun is a 409, as it may have been done, unless its handler
+    is @repeatable. (The header field is that of the IETF draft "The Idempotency-Key HTTP Header
+    Field".)
     """
 
     NOT_NOW = frozenset((408, 429, 503))
@@ -5512,7 +5513,8 @@ class OnceStore:
         with self._lock:
             waiting, entry.waiting = entry.waiting, []
             self._entries.pop(key, None)
-            if response.status_code in self.NOT_NOW:
+            if response.status_code in self.NOT_NOW or \
+                    "retry-after" in map(str.lower, response.headers):
                 body = b"false"
             else:
                 entry.response = self._shorten(response)

@@ -4462,7 +4462,9 @@ class Counting(Plugin):
     @post("fails/{status}")
     async def fails(self, request):
         self.runs.append("fails")
-        raise EdgeError("as you asked", int(request.path_params["status"]))
+        later = request.query_params.get("later")
+        raise EdgeError("as you asked", int(request.path_params["status"]),
+                        headers={"Retry-After": later} if later else None)
 
     @post("again")
     @radical_edge.repeatable
@@ -4515,6 +4517,9 @@ def test_an_error_is_an_answer_too_but_not_one_that_says_not_now(counting, raw):
     for _ in range(2):
         assert_error(client.request("POST", "/e1/c/fails/503", headers=key("l")), 503)
     assert len(counting.runs) == 3
+    for _ in range(2):                            # any answer that names a time to come back
+        assert_error(client.request("POST", "/e1/c/fails/409?later=1", headers=key("m")), 409)
+    assert len(counting.runs) == 5
 
 
 def test_answers_are_kept_over_a_restart_of_the_edge(bridge, tokens, raw, home, monkeypatch):
