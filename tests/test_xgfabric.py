@@ -22,7 +22,7 @@ from plugins import (SensorRecord, WorkflowConfig, classify_edges, config_to_dic
                      dict_to_resource_config, make_mock_records, make_parameters,
                      parse_sensor_record, parse_seq_no)
 from radical_edge import (BadRequest, BridgeClient, Call, Conflict, Edge, EdgeError, EdgeRequest,
-                          NotFound, PluginHost, Unprocessable)
+                          NotFound, PluginHost, Unavailable, Unprocessable)
 from test_edge import SCRIPT, ask, needs_module, wait_until
 
 STEPS = plugins.WorkflowRun.STEPS
