@@ -144,7 +144,7 @@ def test_cancel_of_running_programs_leaves_no_process(session):
     mark = f"cancel-{os.getpid()}-{time.time_ns()}"
     uids = [task["uid"] for task in session.submit_tasks(
         [script("sleep 1000 & setsid sleep 1000; sleep 1000", env={"MARK": mark})] * 2)]
-    wait_until(lambda: len(processes_with(mark)) >= 2, 60)
+    wait_until(lambda: len(processes_with(mark)) == 6, 60)       # three of each: all have begun
     for uid in uids:
         assert session.cancel_task(uid) == {"uid": uid, "status": "canceled"}
     assert not processes_with(mark)
