@@ -9190,9 +9190,23 @@ class LibraryTasks:
         elif "executable" in spec:
             place = spec.get("task_backend_specific_kwargs", {})
             mark = {_TASK_MARK: f"{self._host.mark}/{task.number}"}
-            given.update(_TRANSLATE.get(self._name, _translate_plain)(spec, place, mark),
+            given.update(_TRANSLATE.get(self._name, _translate_plain)(self._gate(task), place, mark),
                          capture_stdio=True)
         return rhapsody.BaseTask.from_dict(given)
+
+    def _gate(self, task: HostTask) -> Dict[str, Any]:
+        """Return a task's program; with dask, one that does not begin when it has been cancelled.
+
+        A worker may be late to start it. What the gate lets through has its mark by then.
+        """
+        if self._name != "dask":
+            return task.spec
+        return {**task.spec, "executable": "/bin/sh", "arguments": [
+            "-c", _GATE, "sh", str(self._closed_gate(task)), task.spec["executable"],
+            *task.spec.get("arguments", ())]}
+
+    def _closed_gate(self, task: HostTask) -> Path:
+        return self._host.folder / f"{task.number}.canceled"
 
     def _guard(self, task: HostTask) -> Callable[..., Any]:
         """Return a task's function such that sys.exit() in it does not end the backend."""
@@ -9302,6 +9316,8 @@ class LibraryTasks:
         uid = task.handle["uid"]
         if self._name != "radical_pilot":         # whose own word comes when the agent has ended it
             self._ending.add(uid)
+        if self._name == "dask" and "executable" in task.spec:
+            self._closed_gate(task).touch()
         try:
             await _await(self._backend.cancel_task(uid))
         except Exception as error:                # dragon: it has just ended
@@ -9353,6 +9369,10 @@ def _translate_plain(spec: Dict[str, Any], place: Dict[str, Any],
     return {"task_backend_specific_kwargs": {
         **place, "cwd": _expand(place.get("cwd", "~")),
         "env": {**os.environ, **place.get("env", {}), **mark}}}
+
+
+# starts a program unless the file $1 is there; nothing of a task is read by the shell
+_GATE = 'test ! -e "$1" || exit 143; shift; exec "$@"'
 
 
 def _translate_dask(spec: Dict[str, Any], place: Dict[str, Any],

@@ -152,6 +152,18 @@ def test_cancel_of_running_programs_leaves_no_process(session):
     assert run(session, {"executable": "true"})[0]["state"] == "DONE"
 
 
+def test_programs_that_are_cancelled_while_they_are_started_leave_no_process(session):
+    mark = f"starting-{os.getpid()}-{time.time_ns()}"
+    uids = [task["uid"] for task in session.submit_tasks(
+        [script("sleep 1000", env={"MARK": mark})] * 40)]
+    for uid in uids:
+        session.cancel_task(uid)
+    assert {task["state"] for task in session.wait_tasks(uids, 30)} == {"CANCELED"}
+    later = run(session, *[{"executable": "true"}] * 20)         # by now all has been looked at
+    assert {task["state"] for task in later} == {"DONE"}
+    assert not processes_with(mark)
+
+
 def test_a_program_that_takes_longer_than_its_timeout_is_ended(session):
     mark = f"late-{os.getpid()}-{time.time_ns()}"
     [failed] = run(session, script("sleep 1000", timeout=1, env={"MARK": mark}))
