@@ -3871,6 +3871,8 @@ def make_local_run(spec: Dict[str, Any], stdout: Path, stderr: Path) -> Dict[str
     paths = {name: os.path.join(directory, os.path.expanduser(path))
              for name, path in paths.items()}
     _existing(paths["stdin"], "stdin_path", os.path.exists)
+    if Path(paths["stdin"]).is_fifo():            # to open it waits for a writer, without end
+        raise Unprocessable(f"stdin_path: {paths['stdin']!r} is a named pipe; give a file")
     for name in ("stdout", "stderr"):
         if f"{name}_path" in spec:
             _existing(os.path.dirname(paths[name]), f"{name}_path", os.path.isdir)

@@ -5475,6 +5475,14 @@ def test_a_field_that_cannot_be_honoured_is_refused_by_name(spec, field):
     assert caught.value.detail.startswith(field)
 
 
+def test_a_pipe_is_no_input_for_it_would_hold_the_job_for_ever(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    spec = plugins.parse_job_spec({"executable": "cat", "stdin_path": str(tmp_path / "pipe")})
+    with pytest.raises(radical_edge.Unprocessable) as caught:
+        plugins.make_local_run(spec, Path("/o"), Path("/e"))
+    assert "stdin_path" in caught.value.detail and "give a file" in caught.value.detail
+
+
 def test_mistakes_are_answered_with_their_status(psij):
     assert psij.try_submit(executable="x", color=1)[0] == 422
     assert psij.post(f"submit/{psij.sid}", {"spec": {}})[0] == 422

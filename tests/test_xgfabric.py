@@ -280,8 +280,9 @@ def test_bad_requests_are_the_callers_mistake(fabric, tmp_path):
     assert fabric.get_status()["status"] == "idle"
 
 
-def test_a_run_that_is_just_being_written_down_can_be_stopped(fabric, monkeypatch):
-    # it was a 500: there was no run yet that could be told
+@pytest.fixture
+def slow_start(monkeypatch):
+    """Hold a run that is being written down: (event: it is, event that lets it go on)."""
     writing, go_on, prepare = threading.Event(), threading.Event(), plugins.XGFabricSession._prepare
 
     def slowly(*arguments):
@@ -290,6 +291,12 @@ def test_a_run_that_is_just_being_written_down_can_be_stopped(fabric, monkeypatc
         prepare(*arguments)
 
     monkeypatch.setattr(plugins.XGFabricSession, "_prepare", slowly)
+    return writing, go_on
+
+
+def test_a_run_that_is_just_being_written_down_can_be_stopped(fabric, slow_start):
+    # it was a 500: there was no run yet that could be told
+    writing, go_on = slow_start
     answers = []
     threads = [threading.Thread(target=lambda: answers.append(fabric.start_workflow("test")))]
     threads[0].start()
@@ -303,16 +310,9 @@ def test_a_run_that_is_just_being_written_down_can_be_stopped(fabric, monkeypatc
     assert fabric.get_status()["status"] in ("cancelled", "failed")
 
 
-def test_a_run_whose_client_goes_away_while_it_is_written_down_begins(home, tmp_path, monkeypatch):
+def test_a_run_whose_client_goes_away_while_it_is_written_down_begins(home, tmp_path, slow_start):
     # it said that it was running for ever, and began when the edge was started anew
-    writing, go_on, prepare = threading.Event(), threading.Event(), plugins.XGFabricSession._prepare
-
-    def slowly(*arguments):
-        writing.set()
-        assert go_on.wait(30)
-        prepare(*arguments)
-
-    monkeypatch.setattr(plugins.XGFabricSession, "_prepare", slowly)
+    writing, go_on = slow_start
     host = PluginHost("e1", "edge", home / "state", notify=lambda *_: None, changed=lambda: None,
                       bridge_url="http://127.0.0.1:9")
     host.add(plugins.PluginXGFabric)
