@@ -427,6 +427,7 @@ class CloseCode(enum.IntEnum):
 # codes that may stand in a close frame; 1004 to 1006 and 1015 may not (RFC 6455, section 7.4)
 _VALID_CLOSE = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))
 _OPCODES = {int(opcode): opcode for opcode in Opcode}     # a look-up is faster than Opcode(value)
+_WHOLE = {0x80 | opcode: opcode for opcode in (Opcode.TEXT, Opcode.BINARY)}     # by first byte
 NO_MASK = bytes(4)            # a key that changes nothing; see _BridgeLink.new_mask()
 
 
@@ -504,7 +505,7 @@ class FrameParser:
     def __init__(self, *, masked: bool, max_message: int = MAX_MESSAGE) -> None:
         self._masked = masked
         self.max_message = max_message
-        self._buffer = bytearray()
+        self._buffer: Union[bytes, bytearray] = b""
         self._start = 0                           # where in _buffer the next frame begins
         self._fragments = bytearray()             # one buffer: objects of few bytes would cost 20
         self._fragments_size = 0                  # times their payload
@@ -513,12 +514,10 @@ class FrameParser:
     def feed(self, data: bytes) -> None:
         """Add bytes from the peer; then call next_message() until it returns None."""
         if self._start == len(self._buffer):
-            self._buffer = bytearray(data)        # all was read: cheaper than moving it away
-            self._start = 0
+            self._buffer, self._start = data, 0   # all was read: nothing need be moved or copied
             return
-        if self._start > READ_SIZE:
-            del self._buffer[:self._start]
-            self._start = 0
+        if self._start > READ_SIZE or isinstance(self._buffer, bytes):
+            self._buffer, self._start = bytearray(memoryview(self._buffer)[self._start:]), 0
         self._buffer += data
 
     def next_message(self) -> Optional[Tuple[Opcode, Union[str, bytes]]]:
@@ -532,7 +531,7 @@ class FrameParser:
             if frame is None:
                 return None
             opcode, fin, payload = frame
-            if opcode >= Opcode.CLOSE:
+            if opcode >= Opcode.CLOSE or opcode is Opcode.BINARY and fin and self._opcode is None:
                 return opcode, payload
             message = self._join(opcode, fin, payload)
             if message is not None:
@@ -543,25 +542,36 @@ class FrameParser:
         if len(buffer) - start < 2:
             return None
         first, second = buffer[start], buffer[start + 1]
-        opcode = self._check_head(first, second)
-        size, start = second & 0x7F, start + 2
+        opcode, size, start = self._check_head(first, second), second & 0x7F, start + 2
         if size >= 126:
             extended = 2 if size == 126 else 8
             if len(buffer) - start < extended:
                 return None
             size = self._check_size(int.from_bytes(buffer[start:start + extended], "big"), extended)
             start += extended
-        self._check_room(opcode, size)
+        if self._fragments_size + size > self.max_message:
+            self._check_room(opcode)
         end = start + 4 * self._masked + size
         if len(buffer) < end:
             return None
         self._start = end
-        key = bytes(buffer[start:start + 4]) if self._masked else NO_MASK
-        with memoryview(buffer) as view:          # a slice of a bytearray would be copied twice
-            payload = bytes(view[start + 4 * self._masked:end])
-        return opcode, first >= 0x80, payload if key == NO_MASK else apply_mask(payload, key)
+        return opcode, first >= 0x80, self._take_payload(start, end)
+
+    def _take_payload(self, start: int, end: int) -> bytes:
+        buffer, key = self._buffer, NO_MASK
+        if self._masked:
+            key, start = buffer[start:start + 4], start + 4
+        if isinstance(buffer, bytes):
+            payload = buffer[start:end]
+        else:
+            with memoryview(buffer) as view:      # a slice of a bytearray would be copied twice
+                payload = bytes(view[start:end])
+        return payload if key == NO_MASK else apply_mask(payload, bytes(key))
 
     def _check_head(self, first: int, second: int) -> Opcode:
+        whole = _WHOLE.get(first)
+        if whole is not None and self._opcode is None and (second >= 0x80) is self._masked:
+            return whole                          # nearly always
         opcode = _OPCODES.get(first & 0x0F)
         if opcode is None or first & 0x70:        # no extension was negotiated: RSV must be 0
             raise ProtocolError(f"frame head {first:02x}{second:02x}")
@@ -580,8 +590,8 @@ class FrameParser:
             raise ProtocolError(f"length {size} in {extended} bytes")     # not minimal, or negative
         return size
 
-    def _check_room(self, opcode: Opcode, size: int) -> None:
-        if opcode < Opcode.CLOSE and self._fragments_size + size > self.max_message:
+    def _check_room(self, opcode: Opcode) -> None:
+        if opcode < Opcode.CLOSE:
             raise ProtocolError(f"message of more than {self.max_message} bytes",
                                 CloseCode.TOO_BIG)
 
@@ -717,11 +727,13 @@ class RequestHead:
     """A request's head. `target` is what was asked for, `path` and `query` are its parts.
 
     length: bytes of the body, or None when it is chunked. forwarded: the fields that concern
-    neither this connection nor the bridge alone. It never changes: requests may share it.
+    neither this connection nor the bridge alone. It never changes, so that requests may share it,
+    but for what is kept with it: `caller`, (table of tokens, whose its token is there), and `told`,
+    (caller, what an edge was told of the request then).
     """
 
     __slots__ = ("method", "target", "path", "query", "fields", "length", "keep_alive", "is_http10",
-                 "host", "forwarded")
+                 "host", "forwarded", "expects_continue", "caller", "told")
 
     def __init__(self, method: str, target: str, minor: int, fields: Dict[str, str]) -> None:
         self.method = method
@@ -738,6 +750,10 @@ class RequestHead:
         self.forwarded = {name: value for name, value in fields.items()
                           if name not in NOT_FORWARDED and name not in options
                           and not name.startswith("x-forwarded-")}
+        # whether the client waits for 100 (Continue) before it sends its body
+        self.expects_continue = fields.get("expect", "").lower() == "100-continue" and minor > 0
+        self.caller: Tuple[Any, Any] = (None, None)
+        self.told: Tuple[Any, bytes] = (None, b"")
 
     def _origin_form(self, target: str) -> str:
         """Accept the absolute form, as a server must; its host counts (RFC 9112, section 3.2.2)."""
@@ -766,11 +782,6 @@ class RequestHead:
             raise BadRequest(f"Content-Length {length[:40]!r} is not a number of bytes")
         return int(length)
 
-    @property
-    def expects_continue(self) -> bool:
-        """Whether the client waits for 100 (Continue) before it sends its body."""
-        return self.fields.get("expect", "").lower() == "100-continue" and not self.is_http10
-
 
 @_remembering
 def parse_request_head(head: bytes) -> RequestHead:
@@ -794,8 +805,8 @@ def parse_request_head(head: bytes) -> RequestHead:
     return RequestHead(match[1].decode(), match[2].decode(), minor, fields)
 
 
-class _Phase(enum.Enum):
-    """Where in a message a parser is."""
+class _Phase(enum.IntEnum):
+    """Where in a message a parser is; the steps of RequestParser in their order."""
     HEAD, LENGTH, CHUNK_SIZE, CHUNK_DATA, CHUNK_END, TRAILER = range(6)
 
 
@@ -814,10 +825,8 @@ class RequestParser:
         self._left = 0                            # bytes of the body or chunk still to come
         self._piece = b""                         # of a long body: it need not pass _buffer
         self._searched = 0                        # bytes of an incomplete head known to be in order
-        self._steps = {_Phase.HEAD: self._parse_head, _Phase.LENGTH: self._parse_length,
-                       _Phase.CHUNK_SIZE: self._parse_chunk_size,
-                       _Phase.CHUNK_DATA: self._parse_chunk_data,
-                       _Phase.CHUNK_END: self._parse_chunk_end, _Phase.TRAILER: self._parse_trailer}
+        self._steps = (self._parse_head, self._parse_length, self._parse_chunk_size,
+                       self._parse_chunk_data, self._parse_chunk_end, self._parse_trailer)
 
     @property
     def buffered(self) -> int:
@@ -1208,9 +1217,18 @@ def encode_msgpack(value: Any) -> bytes:
     raise ValueError(f"not for this msgpack encoder: {type(value).__name__}")
 
 
-# json.dumps() with arguments builds an encoder for each call; these are made once
-encode_json: Callable[[Any], str] = json.JSONEncoder(
-    ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+def _make_json_encoder() -> Callable[[Any], str]:
+    encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    try:                                          # its encode() makes one of these for each call
+        encode = json.encoder.c_make_encoder(None, encoder.default, json.encoder.encode_basestring,
+                                             None, ":", ",", False, False, False)
+    except TypeError:                             # a Python without it, or whose own is another
+        return encoder.encode
+    return lambda value: "".join(encode(value, 0))
+
+
+# raises ValueError, TypeError or RecursionError for what is no JSON value
+encode_json = _make_json_encoder()
 _parse_json = json.JSONDecoder().decode
 
 
@@ -1275,9 +1293,13 @@ def parse_request(message: Dict[str, Any]) -> EdgeRequest:
 def _forwarded_fields(headers: Dict[Any, Any]) -> Dict[str, str]:
     """Return a request's fields with names in lower case, and an id that can stand in a log."""
     fields = {str(name).lower(): str(value) for name, value in headers.items()}
-    if not REQUEST_ID_PATTERN.fullmatch(fields.get("x-request-id", "-")):
-        fields["x-request-id"] = "-"
+    if "x-request-id" in fields:
+        fields["x-request-id"] = _check_request_id(fields["x-request-id"])
     return fields
+
+
+def _check_request_id(text: str) -> str:
+    return text if REQUEST_ID_PATTERN.fullmatch(text) else "-"
 
 
 def _parse_body(message: Dict[str, Any]) -> bytes:
@@ -1325,7 +1347,8 @@ def parse_response(message: Dict[str, Any]) -> Tuple[int, Dict[str, str], bytes]
 class Kind(enum.IntEnum):
     """What a frame of version 2 holds, and what its JSON head is.
 
-    REQUEST [method, target, fields] and RESPONSE [status, fields] begin a stream; DATA goes on with
+    REQUEST [method, target, fields], after a line with the request's id, so that the rest is the
+    same again and again, and RESPONSE [status, fields] begin a stream; DATA goes on with
     the body; CREDIT (a number of bytes) lets the peer send more of it; CANCEL (a reason) ends it
     before its time. NOTIFICATION [number, plugin, topic] has its data, as JSON, for a body; ACK (a
     number) says that it and all before it are safe. Only some have a head; numbers are 8 bytes.
@@ -1359,11 +1382,13 @@ class WireFrame(NamedTuple):
         return _WIRE_NUMBER.unpack(self.body)[0]
 
 
-def encode_wire(kind: int, stream: int, head: Optional[List[Any]] = None, *,
+def encode_wire(kind: int, stream: int, head: Union[List[Any], bytes, None] = None, *,
                 end: bool = False) -> bytes:
     """Return what stands before the body of a version 2 frame. Raises ValueError for a long head.
+
+    head: the array, or the text of one.
     """
-    text = b"" if head is None else encode_json(head).encode()
+    text = head or b"" if not isinstance(head, list) else encode_json(head).encode()
     if len(text) > 0xFFFF:
         raise ValueError(f"fields of {len(text)} bytes; {0xFFFF} are allowed")
     return _WIRE_PREFIX.pack(kind, end, len(text), stream) + text
@@ -1402,6 +1427,40 @@ def parse_wire_head(text: bytes) -> List[Any]:
     if not isinstance(head, list):
         raise ProtocolError("head that is no JSON array", CloseCode.INVALID_DATA)
     return head
+
+
+def encode_wire_request(stream: int, request_id: str, text: bytes, *, end: bool) -> bytes:
+    """Return what stands before the body of a REQUEST. Raises ValueError for a long head.
+
+    text: of [method, target, fields].
+    """
+    return encode_wire(Kind.REQUEST, stream, b"%b\n%b" % (request_id.encode(), text), end=end)
+
+
+@_remembering
+def _read_request(text: bytes) -> Tuple[str, str, Dict[str, str]]:
+    """Return (method, target, fields) of a REQUEST. Raises ProtocolError when it makes no sense."""
+    method, target, fields = [*parse_wire_head(text), None, None, None][:3]
+    if not (isinstance(method, str) and isinstance(target, str) and isinstance(fields, dict)):
+        raise ProtocolError("request without method, target or fields")
+    return method, target, _forwarded_fields(fields)
+
+
+def parse_wire_request(frame: WireFrame) -> EdgeRequest:
+    """Return what a REQUEST asks for, with the body if it is whole. Raises ProtocolError."""
+    line, _, text = frame.text.rpartition(b"\n")
+    method, target, known = _read_request(text)
+    fields = known.copy()
+    if line:
+        fields["x-request-id"] = _check_request_id(line.decode("latin-1"))
+    return EdgeRequest(fields.get("x-request-id", "-"), method, target, fields,
+                       bytes(frame.body) if frame.end else b"")
+
+
+@functools.lru_cache(maxsize=HEADS_KEPT)
+def encode_wire_answer(status: int, fields: Tuple[Tuple[str, str], ...]) -> bytes:
+    """Return the text of a RESPONSE's head. Raises ValueError or TypeError when it cannot be."""
+    return encode_json([status, dict(fields)]).encode()
 
 
 def parse_fields_object(headers: Any) -> Dict[str, str]:
@@ -1579,6 +1638,27 @@ class _WorkLoop(asyncio.SelectorEventLoop):
         handle = self.call_soon(callback, *args, context=context)
         self._lock_selector.wake()
         return handle
+
+    def start_task(self, make: Callable[[], Any], started: Callable[[Any], None]) -> None:
+        """Run the coroutine that make() returns as a task. Any thread.
+
+        started(task) is called before the task goes on, if it has anything to wait for.
+        Raises RuntimeError when the loop is closed.
+        """
+        if _EAGER or not self._lock_selector.waits_on_lock or self.get_debug() or self.is_closed():
+            self.call_soon_threadsafe(self._start_task, make, started)
+        else:                                     # it saves a turn, and goes as call_soon() does
+            self._start_task(make, started)
+            self._lock_selector.wake()
+
+    def _start_task(self, make: Callable[[], Any], started: Callable[[Any], None]) -> None:
+        task = asyncio.Task(make(), loop=self, **_EAGER)
+        if not task.done():
+            started(task)
+
+
+# a task begins at once and not in the next turn of its loop, where Python can do that
+_EAGER: Dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 
 
 class LoopThread:
@@ -1794,9 +1874,10 @@ class Channel:
         # covers every use of the socket: an SSLSocket must not be used by two threads at once
         self._lock = threading.Lock()
         self._unsent: Deque[memoryview] = collections.deque()    # guarded by _lock
-        self._unsent_size = 0                     # guarded by _lock; read without it as an estimate
+        # bytes that wait to be sent; guarded by _lock, and read without it as an estimate
+        self.unsent = 0
         self._room_waiters: Deque[Callable[[], None]] = collections.deque()      # likewise
-        self._closed = False                      # guarded by _lock; only close() sets it
+        self.closed = False                       # guarded by _lock; only close() sets it
         self._closing = self._draining = False    # the loop's: see close_when_sent()
         self._reading = self._writing = False     # the loop's: what the selector watches
         self._flushing = False                    # the loop's: see send_soon()
@@ -1807,16 +1888,6 @@ class Channel:
     def sock(self) -> socket.socket:
         """The socket, for its options alone."""
         return self._sock
-
-    @property
-    def unsent(self) -> int:
-        """Bytes that wait to be sent."""
-        return self._unsent_size
-
-    @property
-    def closed(self) -> bool:
-        """Whether close() ran."""
-        return self._closed
 
     def start(self) -> None:
         """Begin to read. On the loop."""
@@ -1830,7 +1901,7 @@ class Channel:
 
     def resume_reading(self) -> None:
         """Undo pause_reading(). On the loop."""
-        if not self._reading and not self._closed:
+        if not self._reading and not self.closed:
             self._loop.add_reader(self._fd, self._on_readable)
             self._reading = True
             if self._is_tls:                      # it may hold bytes that select() does not see
@@ -1839,12 +1910,12 @@ class Channel:
     @property
     def has_room(self) -> bool:
         """Whether what can wait, such as bodies and notifications, may be sent now."""
-        return self._unsent_size < self.room
+        return self.unsent < self.room
 
     def when_room(self, waiter: Callable[[], None]) -> None:
         """Call `waiter` on the loop, once, when has_room is or becomes true, or at the close."""
         with self._lock:
-            if self._unsent_size >= self.room:
+            if self.unsent >= self.room:
                 self._room_waiters.append(waiter)
                 return
         self._call_on_loop(waiter)
@@ -1852,7 +1923,7 @@ class Channel:
     def send(self, *pieces: Union[bytes, memoryview]) -> None:
         """Send bytes, now or as soon as the socket takes them. Any thread. Lost after the close."""
         with self._lock:
-            if self._closed:
+            if self.closed:
                 return
             waiting = bool(self._unsent)
             if not waiting and len(pieces) == 1:  # the socket takes it whole, nearly always
@@ -1861,8 +1932,8 @@ class Channel:
                     return
             for piece in pieces:
                 self._unsent.append(memoryview(piece))
-                self._unsent_size += len(piece)
-            if waiting and self._unsent_size <= 2 * MAX_LINK_BUFFER:
+                self.unsent += len(piece)
+            if waiting and self.unsent <= 2 * MAX_LINK_BUFFER:
                 return                            # the loop is at it; order must be kept
             # a peer that lets us collect so much does not read, or means no good
             error = self._flush_locked() if not waiting else "it does not read what is sent to it"
@@ -1875,10 +1946,10 @@ class Channel:
     def send_soon(self, data: bytes) -> None:
         """Send `data` together with what else is sent in this turn of the loop. On the loop."""
         with self._lock:
-            if self._closed:
+            if self.closed:
                 return
             self._unsent.append(memoryview(data))
-            self._unsent_size += len(data)
+            self.unsent += len(data)
         if not self._flushing and not self._writing:
             self._flushing = True
             self._loop.call_soon(self._flush_soon)
@@ -1890,11 +1961,11 @@ class Channel:
         the connection, and the peer could lose the answer (RFC 9112, section 9.6).
         """
         self._closing = True
-        if not self._unsent_size:
+        if not self.unsent:
             self._linger()
 
     def _linger(self) -> None:
-        if self._draining or self._closed:
+        if self._draining or self.closed:
             return
         self._draining = True
         with contextlib.suppress(OSError):
@@ -1905,11 +1976,11 @@ class Channel:
     def close(self, reason: str = "closed") -> None:
         """Close now and drop what is unsent; calls on_close once. On the loop."""
         with self._lock:
-            if self._closed:
+            if self.closed:
                 return
-            self._closed = True
+            self.closed = True
             self._unsent.clear()
-            self._unsent_size = 0
+            self.unsent = 0
         self._tell_room()
         self.pause_reading()
         if self._writing:
@@ -1925,27 +1996,27 @@ class Channel:
             self._loop.call_soon_threadsafe(function, *args)
 
     def _on_readable(self) -> None:
-        if self._unsent_size:
+        if self.unsent:
             self._on_writable()                   # TLS may have had to read before it could write
-        while self._reading and not self._closed:
+        while self._reading and not self.closed:
             data, reason = self._recv()
             if reason is not None:
                 self.close(reason)
             elif data and not self._draining:
                 self._on_data(data)
             # a plain socket that has more becomes readable again; TLS keeps it inside
-            if not data or not self._has_pending():
+            if not self._is_tls or not data or not self._has_pending():
                 return
 
     def _has_pending(self) -> bool:
-        if not self._is_tls or self._closed or self._draining or not self._reading:
+        if self.closed or self._draining or not self._reading:
             return False
         return self._sock.pending() > 0
 
     def _recv(self) -> Tuple[bytes, Optional[str]]:
         try:
             with self._lock:
-                if self._closed:
+                if self.closed:
                     return b"", None
                 data = self._sock.recv(READ_SIZE)
                 if self._is_tls and len(data) == MAX_RECORD:
@@ -1972,13 +2043,13 @@ class Channel:
         self._watch_writable()
 
     def _watch_writable(self) -> None:
-        if not self._writing and not self._closed and self._unsent_size:
+        if not self._writing and not self.closed and self.unsent:
             self._loop.add_writer(self._fd, self._on_writable)
             self._writing = True
 
     def _on_writable(self) -> None:
         with self._lock:
-            error = None if self._closed else self._flush_locked()
+            error = None if self.closed else self._flush_locked()
             done = not self._unsent
         if error:
             self.close(error)
@@ -2025,7 +2096,7 @@ class Channel:
         return self._sock.sendmsg(itertools.islice(self._unsent, MAX_PIECES))
 
     def _drop_sent_locked(self, sent: int) -> None:
-        self._unsent_size -= sent
+        self.unsent -= sent
         self.sent += sent
         while self._unsent and sent >= len(self._unsent[0]):
             sent -= len(self._unsent.popleft())
@@ -2468,6 +2539,11 @@ class TokenStore:
         self._stamp = stamp
         return True
 
+    @property
+    def table(self) -> Any:
+        """What find() looks at: another object once any token was added or revoked."""
+        return self._by_prefix
+
     def find(self, token: str) -> Optional[Identity]:
         """Return who the token belongs to; None when it is unknown, revoked or expired."""
         if token.startswith(CHILD_TOKEN + "~"):
@@ -2763,7 +2839,7 @@ class Authenticator:
         self._check_origin(head)
         authorization = head.fields.get("authorization")
         if authorization is not None and self._tokens is not None:
-            return self._check_token(parse_authorization(authorization), address)
+            return self._recall_caller(head, authorization, address)
         self._check_host(head.host)
         if self._tokens is None:
             return ANYONE
@@ -2783,6 +2859,16 @@ class Authenticator:
         expires = int(time.time()) + COOKIE_S
         cookie = encode_cookie(identity.name, _digest(token), expires)
         return self._until(identity, expires), cookie
+
+    def _recall_caller(self, head: RequestHead, authorization: str, address: str) -> Identity:
+        """Return whose token it is: of an equal head the same, until tokens are added or revoked.
+        """
+        table, identity = head.caller
+        if table is not self._tokens.table or identity.has_expired:
+            table = self._tokens.table
+            identity = self._check_token(parse_authorization(authorization), address)
+            head.caller = table, identity
+        return identity
 
     def _check_token(self, token: str, address: str) -> Identity:
         assert self._tokens is not None
@@ -3859,7 +3945,7 @@ class Headers(dict):
     @classmethod
     def of_lower(cls, fields: Dict[str, str]) -> "Headers":
         """Return a copy of fields whose names are in lower case already."""
-        made = cls()
+        made = dict.__new__(cls)                  # __init__ would look at each name
         made.update(fields)
         return made
 
@@ -4106,8 +4192,8 @@ class Response:
         self.headers = Headers(headers)
         self.body = self.encode(content)
         media_type = media_type or self.media_type
-        if media_type and "content-type" not in self.headers:
-            self.headers["content-type"] = media_type
+        if media_type:
+            self.headers.setdefault("content-type", media_type)
 
     def encode(self, content: Any) -> bytes:
         """Return the content as bytes."""
@@ -4244,7 +4330,6 @@ class _FilePieces:
         self._file.close()
 
 
-@functools.lru_cache(maxsize=2)
 @functools.lru_cache(maxsize=64)
 def _http_date(seconds: int) -> str:
     """Return an IMF-fixdate (RFC 9110, section 5.6.7), whatever the locale."""
@@ -5657,9 +5742,26 @@ class _Hosted:
         self.workers = Workers(f"plugin-{name}")
         self.plugin: Any = None                   # set once it is made
         self.ui_module: Optional[str] = None      # JavaScript for the plugin's page; likewise
-        self.tasks: Set["asyncio.Task[None]"] = set()    # handlers that run; the plugin's loop's
+        self.tasks: Set["asyncio.Task[None]"] = set()    # that run; its methods are atomic
         self.topology: Optional[Dict[str, Any]] = None   # not told yet; guarded by the host's lock
         self.telling: Optional[asyncio.Lock] = None      # the plugin's loop's
+
+    def start_task(self, make: Callable[[], Any], call_: Optional[Call] = None) -> bool:
+        """Run the coroutine that make() returns on the plugin's loop; False when that is closed.
+
+        call_: the request that it works on; when that is cancelled, so is the task. Any thread.
+        """
+        def started(task: "asyncio.Task[None]") -> None:
+            self.tasks.add(task)                  # the loop itself keeps only a weak reference
+            task.add_done_callback(self.tasks.discard)
+            if call_ is not None:
+                call_.on_cancel(lambda: self.thread.call(task.cancel))
+
+        try:
+            self.thread.loop.start_task(make, started)
+            return True
+        except RuntimeError:
+            return False
 
     def stop(self) -> bool:
         """Stop the plugin and its threads; False when something in it blocks."""
@@ -5668,10 +5770,6 @@ class _Hosted:
                 self.thread.submit(self.plugin._close()).result(STOP_S / 2)
         self.workers.stop()
         return self.thread.stop(STOP_S / 2)
-
-
-# a task begins at once and not in the next turn of its loop, where Python can do that
-_EAGER: Dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 
 
 def _read_ui_module(plugin_object: Plugin) -> Optional[str]:
@@ -5848,8 +5946,7 @@ class PluginHost:
             with self._lock:
                 waiting, hosted.topology = hosted.topology is not None, edges
             if not waiting:
-                hosted.thread.call(lambda item=hosted: self._start_task(
-                    item, self._tell_topology(item)))
+                hosted.start_task(functools.partial(self._tell_topology, hosted))
 
     def dispatch(self, call_: Call) -> None:
         """Answer a request, soon and on any thread. Never raises."""
@@ -5887,8 +5984,8 @@ class PluginHost:
     def _start(self, hosted: _Hosted, route: Route, request: Request, call_: Call) -> None:
         try:
             if route.is_async:
-                if not hosted.thread.call(lambda: self._start_task(hosted, self._run_async(
-                        hosted, route.handler, request, call_), call_)):
+                if not hosted.start_task(lambda: self._run_async(hosted, route.handler, request,
+                                                                 call_), call_):
                     raise Unavailable("the plugin was stopped")
             else:
                 hosted.workers.run(lambda: self._run_plain(hosted, route.handler, request, call_))
@@ -5946,16 +6043,6 @@ class PluginHost:
         return f"{self.name!r} has no plugin {name[:80]!r}; it has: {loaded}"
 
     @staticmethod
-    def _start_task(hosted: _Hosted, coroutine: Any, call_: Optional[Call] = None) -> None:
-        task = asyncio.Task(coroutine, loop=hosted.thread.loop, **_EAGER)
-        if task.done():                           # a handler that had nothing to wait for
-            return
-        hosted.tasks.add(task)                    # the loop itself keeps only a weak reference
-        task.add_done_callback(hosted.tasks.discard)
-        if call_ is not None:
-            call_.on_cancel(lambda: hosted.thread.call(task.cancel))
-
-    @staticmethod
     async def _run_async(hosted: _Hosted, handler: Callable[..., Any], request: Request,
                          call_: Call) -> None:
         _current_request.set(request)             # of this task alone
@@ -5981,8 +6068,8 @@ class PluginHost:
             _current_request.reset(token)         # or an idle thread would hold it
         if _is_whole(response, call_):
             call_.respond(response)
-        elif not hosted.thread.call(lambda: self._start_task(hosted, _send_body(
-                hosted, request, response, call_), call_)):      # not here: a client may be slow
+        elif not hosted.start_task(lambda: _send_body(hosted, request, response, call_),
+                                   call_):        # not here: a client may be slow
             call_.respond(error_response(Unavailable("the plugin was stopped")))
 
     async def _tell_topology(self, hosted: _Hosted) -> None:
@@ -6636,8 +6723,9 @@ class _StreamCall(Call):
         incoming = self.incoming
         edge_log.debug("%s: > %d", incoming.req_id, response.status_code)
         try:
+            fields = tuple(response.headers.items())
             return encode_wire(Kind.RESPONSE, self._stream,
-                               [response.status_code, response.headers], end=end)
+                               encode_wire_answer(response.status_code, fields), end=end)
         except (TypeError, ValueError) as error:  # fields that are no text: the plugin's mistake
             failure = _failure_response(error, Request(incoming.method, incoming.target,
                                                        incoming.headers))
@@ -6673,12 +6761,12 @@ class _BridgeLink:
         """Connect, register and serve, again and again, until the edge stops."""
         pause = BACKOFF_S[0]
         while not self._edge.stopping:
-            started = self._loop.time()
+            started = time.monotonic()
             try:
                 await self._connect_and_serve()
             except Exception:                     # ours; the edge must come back all the same
                 edge_log.exception("%s: link failed", self.url)
-            if self._loop.time() - started > pause:
+            if time.monotonic() - started > pause:
                 pause = BACKOFF_S[0]              # it was up for a while: this is a new trouble
             await self._edge.wait_stopping(pause * random.uniform(0.5, 1.5))
             pause = min(pause * 2, BACKOFF_S[1])
@@ -6781,7 +6869,7 @@ class _BridgeLink:
         limit_unsent(sock)
         self.channel = Channel(self._loop, sock, self._on_data,
                                 lambda reason: _set_result(closed, reason))
-        self._last_received = self._loop.time()
+        self._last_received = time.monotonic()
         self._send(Opcode.TEXT, encode_json(self._edge.registration()).encode())
         self.channel.start()
         if rest:
@@ -6791,7 +6879,7 @@ class _BridgeLink:
         period = self._edge.heartbeat
         while True:
             await asyncio.sleep(period)
-            silent = self._loop.time() - self._last_received
+            silent = time.monotonic() - self._last_received
             if silent > LINK_DEAD * period:
                 self.channel.close(f"nothing was heard for {silent:.0f} s")
                 return
@@ -6821,7 +6909,7 @@ class _BridgeLink:
     # -- what arrives
 
     def _on_data(self, data: bytes) -> None:
-        self._last_received = self._loop.time()
+        self._last_received = time.monotonic()
         self._parser.feed(data)
         try:
             while not self.channel.closed:
@@ -6889,14 +6977,10 @@ class _BridgeLink:
             call_.cancel()
 
     def _on_stream(self, frame: WireFrame) -> None:
-        method, target, fields = [*frame.head, None, None, None][:3]
-        if not (isinstance(method, str) and isinstance(target, str) and isinstance(fields, dict)
-                and frame.stream not in self._calls):
-            raise ProtocolError("request without method, target or fields")
-        fields = _forwarded_fields(fields)
-        incoming = EdgeRequest(fields.get("x-request-id", "-"), method, target, fields,
-                               bytes(frame.body) if frame.end else b"")
-        edge_log.debug("%s: < %s %.80r", incoming.req_id, method, target)
+        incoming = parse_wire_request(frame)
+        if frame.stream in self._calls:
+            raise ProtocolError("stream that is under way already")
+        edge_log.debug("%s: < %s %.80r", incoming.req_id, incoming.method, incoming.target)
         call_ = self._calls[frame.stream] = _StreamCall(self, frame.stream, incoming, frame.end)
         if not frame.end and len(frame.body):
             call_.on_data(frame)
@@ -7358,7 +7442,7 @@ class Exchange:
 
     __slots__ = ("connection", "head", "segments", "identity", "route", "params", "request_id",
                  "body", "received", "upload", "error", "started", "timeout", "deadline", "begun",
-                 "cancelled", "wire_id", "link", "own_call", "send", "keep_alive")
+                 "cancelled", "wire_id", "link", "own_call", "keep_alive")
 
     def __init__(self, connection: "HttpConnection", head: RequestHead, request_id: str,
                  started: float) -> None:
@@ -7378,7 +7462,6 @@ class Exchange:
         self.begun = self.cancelled = False
         self.link: Optional[EdgeLink] = None      # that works on it, under the id `wire_id`
         self.wire_id: Union[str, int] = ""
-        self.send: Callable[[Exchange], None] = lambda exchange: None    # forwards it to its edge
         self.own_call: Optional[Call] = None      # where one of the bridge's own plugins answers
 
     def respond(self, response: Response) -> None:
@@ -7405,16 +7488,24 @@ class Exchange:
             self.head.method in ("GET", "HEAD") or "idempotency-key" in self.head.fields
             and self.link is not None and runs_once(self.link.endpoint))
 
-    def resend(self) -> None:
-        """Forward it, now that its edge is back."""
-        try:
-            self.send(self)
-        except EdgeError as error:
-            self.fail(error)
+    @property
+    def target(self) -> str:
+        """What the edge is asked for: the request's target without the edge's name."""
+        return self.head.target[self.head.target.index("/", 1):]
+
+    def fields_for_edge(self) -> Dict[str, str]:
+        """Return the fields that the edge gets."""
+        headers = self.head.forwarded.copy()
+        if self.upload is not None and self.head.length is not None:
+            headers["content-length"] = str(self.head.length)
+        headers["x-request-id"] = self.request_id
+        headers["x-forwarded-user"] = self.identity.name
+        headers["x-forwarded-scope"] = self.identity.scope.value
+        return headers
 
     def on_progress(self) -> None:
         """Put the deadline off: something moved."""
-        self.deadline = self.connection.now() + self.timeout
+        self.deadline = time.monotonic() + self.timeout
 
 
 class Upload:
@@ -7525,7 +7616,6 @@ class HttpConnection:
     def __init__(self, gateway: "Bridge", parser: RequestParser, address: str) -> None:
         self._gateway, self._parser, self.address = gateway, parser, address
         self._loop = gateway.loop
-        self.now = self._loop.time
         self.channel: Optional[Channel] = None
         self._exchange: Optional[Exchange] = None                # being read or answered
         self._body = bytearray()
@@ -7534,7 +7624,7 @@ class HttpConnection:
         self._answering = self._advancing = self._paused = False
         self._taken: Optional[Callable[[bytes], None]] = None    # by a link or a subscriber
         self._taker_lost: Callable[[str], None] = lambda reason: None            # likewise
-        self.deadline = self._loop.time() + HEAD_S
+        self.deadline = time.monotonic() + HEAD_S
         self._sent = 0                            # bytes of answers, at that time
         self._clock: Optional[BodyClock] = None   # of the body being read
 
@@ -7555,13 +7645,13 @@ class HttpConnection:
         """Leave the rest of the request's body where it is, for now."""
         if not self._paused:
             self._paused, self.deadline = True, float("inf")
-            self._clock.pause(self._loop.time())
+            self._clock.pause(time.monotonic())
             self.channel.pause_reading()
 
     def resume_reading(self) -> None:
         """Go on with the request's body."""
         if self._paused:
-            self._clock.resume(self._loop.time())
+            self._clock.resume(time.monotonic())
             self._paused, self.deadline = False, self._clock.deadline
             self.channel.resume_reading()
             if not self._advancing:
@@ -7590,7 +7680,7 @@ class HttpConnection:
         encoded = self._encode_head(exchange, answer, length, chunked=not bare)
         self._body_left = 0 if bare else length
         exchange.begun = True
-        self._answering, self.deadline = True, self._loop.time() + KEEP_ALIVE_S
+        self._answering, self.deadline = True, time.monotonic() + KEEP_ALIVE_S
         self._sent = self.channel.sent
         self.channel.send(encoded)
 
@@ -7644,19 +7734,20 @@ class HttpConnection:
             exchange.upload.stop()
         # the last answer was given: what the client sent after that request is not read any more
         self._exchange, self._answering, self._paused = None, not keep, False
-        self.deadline, self._sent = self._loop.time() + KEEP_ALIVE_S, self.channel.sent
+        self.deadline, self._sent = time.monotonic() + KEEP_ALIVE_S, self.channel.sent
         if not keep:
             self.channel.close_when_sent()
         elif not self._advancing:
             self.channel.resume_reading()
-            self._advance()
+            if self._parser.buffered:
+                self._advance()
 
     def on_deadline(self) -> None:
         """Close a connection that is idle, slow to finish its request, or does not read."""
         unsent, exchange = self.channel.unsent, self._exchange
         begun = exchange is not None and exchange.begun
         if unsent and self.channel.sent > self._sent or begun and not unsent:
-            self.deadline = self._loop.time() + KEEP_ALIVE_S     # it reads, if slowly
+            self.deadline = time.monotonic() + KEEP_ALIVE_S     # it reads, if slowly
             self._sent = self.channel.sent
         elif begun or exchange is None and (unsent or not self._parser.buffered):
             self.channel.close("idle")
@@ -7677,7 +7768,7 @@ class HttpConnection:
                 self.channel.pause_reading()      # it goes on with the answer
             return
         if self._exchange is None:
-            self.deadline = min(self.deadline, self._loop.time() + HEAD_S)
+            self.deadline = min(self.deadline, time.monotonic() + HEAD_S)
         self._advance()
 
     def _advance(self) -> None:
@@ -7709,8 +7800,11 @@ class HttpConnection:
     def _on_head(self, head: RequestHead) -> None:
         self._exchange = exchange = self._gateway.open_exchange(self, head)
         if head.length != 0:
-            self._clock = BodyClock(self._loop.time())
-            self.deadline = self._clock.deadline
+            self._expect_body(exchange, head)
+
+    def _expect_body(self, exchange: Exchange, head: RequestHead) -> None:
+        self._clock = BodyClock(time.monotonic())
+        self.deadline = self._clock.deadline
         is_long = head.length is None or head.length > MAX_WHOLE
         if exchange.error is None and is_long and exchange.route is None:
             self._gateway.open_upload(exchange)
@@ -7723,7 +7817,7 @@ class HttpConnection:
             self.channel.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _on_body(self, piece: bytes) -> None:
-        self._clock.on_data(len(piece), self._loop.time())
+        self._clock.on_data(len(piece), time.monotonic())
         self.deadline = self._clock.deadline
         upload = self._exchange.upload
         if upload is not None:
@@ -7979,7 +8073,7 @@ class LinkRequests:
         self.pending: Dict[Any, Exchange] = {}
         self._counter = 0
 
-    def forward(self, exchange: Exchange, target: str, headers: Dict[str, str]) -> None:
+    def forward(self, exchange: Exchange) -> None:
         """Send a request."""
         raise NotImplementedError
 
@@ -8022,15 +8116,15 @@ class LinkRequests:
 class WholeRequests(LinkRequests):
     """Requests of wire version 1: a message each, and one for the answer."""
 
-    def forward(self, exchange: Exchange, target: str, headers: Dict[str, str]) -> None:
+    def forward(self, exchange: Exchange) -> None:
         """Send a request. Raises ContentTooLarge when it does not fit."""
         if exchange.upload is not None:           # begun for an edge that came back as an older one
             raise EdgeOffline("the edge has changed in the meantime: send the request again",
                               headers=_retry_after(1))
         self._counter += 1
         req_id = f"{self._counter:x}"
-        opcode, payload = encode_request(req_id, exchange.head.method, target, headers,
-                                         exchange.body)
+        opcode, payload = encode_request(req_id, exchange.head.method, exchange.target,
+                                         exchange.fields_for_edge(), exchange.body)
         if not exchange.is_repeatable:
             exchange.body = b""
         if len(payload) > MAX_OLD_MESSAGE:        # its link would end, and all that waits with it
@@ -8063,13 +8157,13 @@ class StreamRequests(LinkRequests):
         self._handlers = {Kind.RESPONSE: self._on_answer, Kind.DATA: self._on_data,
                           Kind.CREDIT: self._on_credit, Kind.CANCEL: self._on_cancel}
 
-    def forward(self, exchange: Exchange, target: str, headers: Dict[str, str]) -> None:
+    def forward(self, exchange: Exchange) -> None:
         """Send a request; an upload goes on by itself. Raises HeadTooLarge."""
         self._counter += 1
         stream = self._counter
         try:
-            head = encode_wire(Kind.REQUEST, stream, [exchange.head.method, target, headers],
-                               end=exchange.received)
+            head = encode_wire_request(stream, exchange.request_id, self._encode_head(exchange),
+                                       end=exchange.received)
         except ValueError as error:
             raise HeadTooLarge(str(error)) from None
         self._add(exchange, stream, encode_frame(Opcode.BINARY, head + exchange.body))
@@ -8077,6 +8171,18 @@ class StreamRequests(LinkRequests):
             window = self._windows[stream] = SendWindow()
             exchange.upload.attach(functools.partial(self._send_data, stream, window),
                                    functools.partial(self._when_ready, window))
+
+    @staticmethod
+    def _encode_head(exchange: Exchange) -> bytes:
+        """Return the text of a REQUEST's head, which is kept for the next equal request."""
+        head, is_upload = exchange.head, exchange.upload is not None
+        caller, text = head.told
+        if caller != exchange.identity or is_upload:
+            fields = exchange.fields_for_edge()
+            del fields["x-request-id"]
+            text = encode_json([head.method, exchange.target, fields]).encode()
+            head.told = (None if is_upload else exchange.identity, text)
+        return text
 
     def on_frame(self, frame: WireFrame) -> None:
         """Take a frame. Raises ProtocolError for a body without credit."""
@@ -8204,7 +8310,7 @@ class EdgeLink:
         self.told = 0                             # bytes of what it says of itself
         self.word = "edges"                       # what it calls them: "endpoints" in radical.orbit
         self._to_ack: Deque[Tuple[int, int]] = collections.deque()   # (event id, number there)
-        self.opened = self._last_received = connection._loop.time()
+        self.opened = self._last_received = time.monotonic()
         self._allowance = Allowance(self.opened)  # of notifications
         self._handlers = {"register": self._on_register,
                           "response": lambda message: self.requests.on_response(message),
@@ -8240,7 +8346,7 @@ class EdgeLink:
 
     def on_data(self, data: bytes) -> None:
         """Take bytes from the edge."""
-        self._last_received = self._connection._loop.time()
+        self._last_received = time.monotonic()
         self._parser.feed(data)
         try:
             while not self.channel.closed:
@@ -8259,14 +8365,15 @@ class EdgeLink:
         """Send a message."""
         self.channel.send(encode_frame(Opcode.TEXT, encode_json(message).encode()))
 
-    def forward(self, exchange: Exchange, target: str, headers: Dict[str, str]) -> None:
+    def forward(self, exchange: Exchange) -> None:
         """Send a request to the edge; its answer, or the lack of one, ends the exchange."""
         if len(self.requests.pending) >= MAX_PENDING or self.channel.unsent > MAX_LINK_BUFFER:
             raise Unavailable(f"edge {self.name!r} has too much to do: try again later",
                               headers=_retry_after(1), limit="pending")
-        bridge_log.debug("%s: > %s %s", exchange.request_id, exchange.head.method, target[:80])
+        bridge_log.debug("%s: > %s %.80s", exchange.request_id, exchange.head.method,
+                         exchange.head.path)
         exchange.link = self
-        self.requests.forward(exchange, target, headers)
+        self.requests.forward(exchange)
 
     def cancel(self, exchange: Exchange) -> None:
         """Tell the edge that nobody waits for the answer to this one."""
@@ -8423,7 +8530,7 @@ class EdgeLink:
 
         Returns whether others still wait.
         """
-        number, now = 0, self._connection.now()
+        number, now = 0, time.monotonic()
         while self._to_ack and self._to_ack[0][0] <= written:
             if not self._allowance.take(now):     # the edge sends no more than fit its window
                 self.registry.counters.add("notifications_delayed_total")
@@ -8609,7 +8716,7 @@ class EdgeRegistry:
             self.on_changed()
             if self._grace > 0 and not link.is_leaving:
                 self.absent[link.name] = Absence(link.name, link.instance, link.identity.name,
-                                                 link.described, self._loop.time() + self._grace)
+                                                 link.described, time.monotonic() + self._grace)
 
     def wait(self, exchange: Exchange, name: str) -> bool:
         """Let a request wait for an edge that may come back; False when there is none."""
@@ -8643,11 +8750,17 @@ class EdgeRegistry:
         # after "registered", which tells the edge what the requests will look like
         self._loop.call_soon(self._forward_waiting, absence.waiting)
 
-    @staticmethod
-    def _forward_waiting(exchanges: List[Exchange]) -> None:
+    def forward(self, exchange: Exchange) -> None:
+        """Send a request to its edge. Raises NotFound, EdgeOffline, or what the link raises."""
+        self.find(exchange.segments[0]).forward(exchange)
+
+    def _forward_waiting(self, exchanges: List[Exchange]) -> None:
         for exchange in exchanges:
             if not exchange.cancelled:
-                exchange.resend()
+                try:
+                    self.forward(exchange)
+                except EdgeError as error:
+                    exchange.fail(error)
 
     def ack_later(self, link: EdgeLink) -> None:
         """Let a link acknowledge its notifications once they are in the journal."""
@@ -8727,7 +8840,7 @@ class EdgeRegistry:
 
     def restore(self, edges: Dict[str, List[str]]) -> None:
         """Expect the edges of an earlier process: requests wait for them, but not for long."""
-        until = self._loop.time() + self._grace
+        until = time.monotonic() + self._grace
         for name, (instance, token, described) in edges.items():
             self.absent[name] = Absence(name, instance, token, described, until)
 
@@ -9518,7 +9631,7 @@ class Bridge:
 
     def open_exchange(self, connection: HttpConnection, head: RequestHead) -> Exchange:
         """Return the exchange of a request whose body is still to come, checked and routed."""
-        exchange = Exchange(connection, head, self._request_id(head), self.loop.time())
+        exchange = Exchange(connection, head, self._request_id(head), time.monotonic())
         try:
             exchange.segments = parse_path(head.path)
             exchange.identity = self._authenticator.identify(head, connection.address)
@@ -9532,7 +9645,7 @@ class Bridge:
     def open_broken_exchange(self, connection: HttpConnection) -> Exchange:
         """Return an exchange for a request whose head could not be read."""
         head = RequestHead("GET", "/", 1, {})
-        return Exchange(connection, head, self._request_id(head), self.loop.time())
+        return Exchange(connection, head, self._request_id(head), time.monotonic())
 
     def open_upload(self, exchange: Exchange) -> None:
         """Let the body of a request go on to its plugin while it comes, where that is possible."""
@@ -9563,7 +9676,7 @@ class Bridge:
     def on_answered(self, exchange: Exchange, status: int) -> None:
         """Take notice that an exchange has its answer."""
         self._own_exchanges.discard(exchange)
-        self.records.on_answered(exchange, status, self.loop.time() - exchange.started)
+        self.records.on_answered(exchange, status, time.monotonic() - exchange.started)
 
     def on_handshake_failed(self, address: str, too_slow: bool) -> None:
         """Forget a connection that never came to a request. Any thread."""
@@ -9590,19 +9703,16 @@ class Bridge:
         name, head = exchange.segments[0], exchange.head
         if len(exchange.segments) < 3:
             raise NotFound("there is no such route; a plugin's are /EDGE/PLUGIN/ROUTE")
-        target = head.target[len(head.target.split("/", 2)[1]) + 1:]
-        headers = self._forwarded_fields(exchange)
         exchange.timeout = _timeout_of(head) or self._request_timeout
         exchange.on_progress()
         if name == BRIDGE_NAME:
-            incoming = EdgeRequest(exchange.request_id, head.method, target, headers, exchange.body)
+            incoming = EdgeRequest(exchange.request_id, head.method, exchange.target,
+                                   exchange.fields_for_edge(), exchange.body)
             self._own_exchanges.add(exchange)
             self._host.dispatch(_OwnCall(self._thread, exchange, incoming))
             return
-        exchange.send = lambda exchange: self._registry.find(name).forward(exchange, target,
-                                                                           headers)
         if name in self._registry.links or not self._registry.wait(exchange, name):
-            exchange.send(exchange)
+            self._registry.forward(exchange)
 
     def _takes_uploads(self, name: str) -> bool:
         if name == BRIDGE_NAME:
@@ -9611,15 +9721,6 @@ class Bridge:
         if absence is not None:
             return absence.takes_uploads
         return self._registry.find(name).requests.takes_uploads
-
-    def _forwarded_fields(self, exchange: Exchange) -> Dict[str, str]:
-        headers = exchange.head.forwarded.copy()
-        if exchange.upload is not None and exchange.head.length is not None:
-            headers["content-length"] = str(exchange.head.length)
-        headers["x-request-id"] = exchange.request_id
-        headers["x-forwarded-user"] = exchange.identity.name
-        headers["x-forwarded-scope"] = exchange.identity.scope.value
-        return headers
 
     def _request_id(self, head: RequestHead) -> str:
         given = head.fields.get("x-request-id")
@@ -9654,7 +9755,7 @@ class Bridge:
             self._memory.keep(), self._reloader.run())]
 
     def _sweep(self) -> None:
-        now = self.loop.time()
+        now = time.monotonic()
         self._give_back_memory()
         self._end_own_late(now)
         self._registry.sweep(now)

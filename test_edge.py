@@ -2250,6 +2250,33 @@ def test_a_wire_frame_comes_back_as_it_was_encoded():
         radical_edge.encode_wire(Kind.RESPONSE, 1, [200, {"x": "y" * 70_000}])
 
 
+@pytest.mark.parametrize("line, request_id", [
+    (b"r-1\n", "r-1"), (b"", "-"), (b"\n", "-"), (b"a b\n", "-"), (b"x\ny\n", "-"),
+    (b"\xff\n", "-")])
+def test_a_wire_request_has_its_id_on_a_line_of_its_own(line, request_id):
+    text = line + b'["PUT","/a/b",{"X-Y":1}]'
+    head = radical_edge.encode_wire(radical_edge.Kind.REQUEST, 7, text, end=True)
+    asked = radical_edge.parse_wire_request(radical_edge.parse_wire(head + b"body"))
+    assert asked[:3] == (request_id, "PUT", "/a/b") and asked.body == b"body"
+    assert asked.headers.pop("x-request-id", "-") == request_id and asked.headers == {"x-y": "1"}
+
+
+@pytest.mark.parametrize("text", [b"", b"1\n", b'1\n["GET"]', b'1\n["GET","/a",[]]',
+                                  b'1\n["G",\n"/a",{}]', b'["GET",7,{}]', b"1\n{}"])
+def test_a_wire_request_without_method_target_or_fields_is_refused(text):
+    frame = radical_edge.parse_wire(radical_edge.encode_wire(radical_edge.Kind.REQUEST, 7, text))
+    with pytest.raises(ProtocolError):
+        radical_edge.parse_wire_request(frame)
+
+
+def test_equal_wire_requests_share_nothing_that_a_handler_could_change():
+    head = radical_edge.encode_wire_request(7, "r-1", b'["GET","/a",{"x":"y"}]', end=True)
+    first, second = (radical_edge.parse_wire_request(radical_edge.parse_wire(head)) for _ in "12")
+    first.headers.clear()
+    assert second.headers == {"x": "y", "x-request-id": "r-1"}
+    assert radical_edge.parse_wire_request(radical_edge.parse_wire(head)) == second
+
+
 @pytest.mark.parametrize("payload", [
     b"", b"\x01", b"\x01\0\0\0\0\0\0", b"\x01\0\0\x02\0\0\0\0[", b"\x01\0\0\x02\0\0\0\0{}",
     b"\x01\0\0\x01\0\0\0\0\xff", b"\x02\0\xff\xff\0\0\0\0[]",
@@ -2852,6 +2879,30 @@ def test_an_answer_of_nonsense_on_a_stream_is_502(fake_edge2, raw, head):
     stream = fake_edge2.hear_wire(radical_edge.Kind.REQUEST).stream
     fake_edge2.say_wire(radical_edge.Kind.RESPONSE, stream, [200, {}], b"fine", end=True)
     assert client.reply()[2] == b"fine"
+
+
+def test_an_edge_is_told_who_asks_as_it_is_now(fake_edge2, bridge, raw, tokens):
+    client = raw(tokens[1]["client"])
+
+    def ask(headers=()):
+        client.send_request("GET", "/f2/p/x?y", headers=[("X-A", "1"), *headers])
+        frame = fake_edge2.hear_wire(radical_edge.Kind.REQUEST)
+        fake_edge2.say_wire(radical_edge.Kind.RESPONSE, frame.stream, [200, {}], end=True)
+        asked, fields = radical_edge.parse_wire_request(frame), client.reply()[1]
+        assert asked[:3] == (fields["x-request-id"], "GET", "/p/x?y")
+        return asked.req_id, {name: value for name, value in asked.headers.items()
+                              if name != "x-request-id"}
+
+    first, second = ask(), ask()
+    assert first[0] != second[0] and first[1] == second[1] == {
+        "x-a": "1", "x-forwarded-user": "client-1", "x-forwarded-scope": "client"}
+    assert ask([("X-Request-ID", "mine")]) == ("mine", first[1])
+    path = radical_edge.home_dir() / "tokens.json"
+    path.write_text(path.read_text().replace('"client"', '"admin"').replace("client-1", "boss"))
+    wait_until(lambda: tokens[0].refresh() or tokens[0].find(tokens[1]["client"]).name == "boss")
+    assert ask()[1] == {"x-a": "1", "x-forwarded-user": "boss", "x-forwarded-scope": "admin"}
+    tokens[0].revoke("boss")
+    assert_error(client.request("GET", "/f2/p/x?y", headers=[("X-A", "1")]), 401)
 
 
 # ---------------------------------------------------------------------------

@@ -54,6 +54,7 @@ SEEDS = {
                 b'"is_binary":true}'],
     "msgpack": [radical_edge.encode_msgpack({"type": "request", "body": b"\xff", "headers": {}})],
     "wire": [radical_edge.encode_wire(1, 7, ["GET", "/a", {"x": "y"}], end=True) + b"body",
+             radical_edge.encode_wire_request(7, "r-1", b'["GET","/a",{"x":"y"}]', end=True),
              radical_edge.encode_wire_number(4, 7, 65536)],
     "fields": [b"Bearer abc\x00a=b; c=d\x00/a/b%20c\x00a=1&b=2\x00bytes=0-5"],
     "events": [b"id: 1\ndata: x\n\n", b"retry: 10\r\nevent: y\rdata: a\ndata: b\n\n: c\n"],
@@ -126,6 +127,9 @@ def fuzz_wire(data):
     if frame is None:
         return
     _or_none(lambda: frame.number)
+    asked = _or_none(radical_edge.parse_wire_request, frame)
+    if asked is not None:
+        assert radical_edge.REQUEST_ID_PATTERN.fullmatch(asked.req_id), data
     head = _or_none(lambda: frame.head)
     if head is not None and frame.kind is radical_edge.Kind.RESPONSE:
         status, fields = [*head, None, None][:2]
