@@ -428,7 +428,7 @@ class CloseCode(enum.IntEnum):
 _VALID_CLOSE = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))
 _OPCODES = {int(opcode): opcode for opcode in Opcode}     # a look-up is faster than Opcode(value)
 _WHOLE = {0x80 | opcode: opcode for opcode in (Opcode.TEXT, Opcode.BINARY)}     # by first byte
-NO_MASK = bytes(4)            # a key that changes nothing; see _BridgeLink.new_mask()
+NO_MASK = bytes(4)            # a key that changes nothing; see _BridgeLink.send_wire()
 
 
 def apply_mask(payload: bytes, key: bytes) -> bytes:
@@ -542,7 +542,10 @@ class FrameParser:
         if len(buffer) - start < 2:
             return None
         first, second = buffer[start], buffer[start + 1]
-        opcode, size, start = self._check_head(first, second), second & 0x7F, start + 2
+        opcode = _WHOLE.get(first)                # nearly always: of a message in one frame
+        if opcode is None or self._opcode is not None or (second >= 0x80) is not self._masked:
+            opcode = self._check_head(first, second)
+        size, start = second & 0x7F, start + 2
         if size >= 126:
             extended = 2 if size == 126 else 8
             if len(buffer) - start < extended:
@@ -551,27 +554,20 @@ class FrameParser:
             start += extended
         if self._fragments_size + size > self.max_message:
             self._check_room(opcode)
-        end = start + 4 * self._masked + size
+        start += 4 * self._masked
+        end = start + size
         if len(buffer) < end:
             return None
         self._start = end
-        return opcode, first >= 0x80, self._take_payload(start, end)
-
-    def _take_payload(self, start: int, end: int) -> bytes:
-        buffer, key = self._buffer, NO_MASK
-        if self._masked:
-            key, start = buffer[start:start + 4], start + 4
         if isinstance(buffer, bytes):
             payload = buffer[start:end]
-        else:
-            with memoryview(buffer) as view:      # a slice of a bytearray would be copied twice
-                payload = bytes(view[start:end])
-        return payload if key == NO_MASK else apply_mask(payload, bytes(key))
+        else:                                     # a slice of a bytearray would be copied twice
+            payload = bytes(memoryview(buffer)[start:end])
+        if self._masked and buffer[start - 4:start] != NO_MASK:
+            payload = apply_mask(payload, bytes(buffer[start - 4:start]))
+        return opcode, first >= 0x80, payload
 
     def _check_head(self, first: int, second: int) -> Opcode:
-        whole = _WHOLE.get(first)
-        if whole is not None and self._opcode is None and (second >= 0x80) is self._masked:
-            return whole                          # nearly always
         opcode = _OPCODES.get(first & 0x0F)
         if opcode is None or first & 0x70:        # no extension was negotiated: RSV must be 0
             raise ProtocolError(f"frame head {first:02x}{second:02x}")
@@ -667,18 +663,24 @@ _FRAMING_FIELDS = frozenset(("transfer-encoding", "content-length", "host"))
 _REASONS = {int(status): status.phrase for status in HTTPStatus}
 
 
-def _remembering(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Let a parser return for the same short text what it returned before: peers repeat themselves.
+class _Remembered(dict):
+    """What a parser returned for short texts, by the text: peers repeat themselves. Any thread.
 
-    What it returns is shared, so that nobody may change it. What it raises is not remembered.
+    known[text] is what it returned before, or else returns now. That is shared, so that nobody may
+    change it. What it raises is not remembered.
     """
-    remembered = functools.lru_cache(maxsize=HEADS_KEPT)(parse)
 
-    @functools.wraps(parse)
-    def recall(text: Any) -> Any:
-        return remembered(text) if len(text) <= MAX_KEPT_HEAD else parse(text)
+    def __init__(self, parse: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._parse = parse
 
-    return recall
+    def __missing__(self, text: Any) -> Any:
+        parsed = self._parse(text)
+        if len(text) <= MAX_KEPT_HEAD:
+            if len(self) >= HEADS_KEPT:
+                self.clear()                      # what is in use is soon there again
+            self[text] = parsed
+        return parsed
 
 
 def _is_field(name: Any, value: str) -> bool:
@@ -711,10 +713,8 @@ def parse_fields(lines: Iterable[bytes]) -> Dict[str, str]:
     return fields
 
 
-@_remembering
-def _parse_field_block(block: bytes) -> Dict[str, str]:
-    """Return what parse_fields() does for the lines of a whole block."""
-    return parse_fields(block.split(b"\r\n")) if block else {}
+# of the lines of a whole block
+_known_fields = _Remembered(lambda block: parse_fields(block.split(b"\r\n")) if block else {})
 
 
 def connection_options(fields: Dict[str, str]) -> Set[str]:
@@ -783,7 +783,6 @@ class RequestHead:
         return int(length)
 
 
-@_remembering
 def parse_request_head(head: bytes) -> RequestHead:
     """Return the request head in `head`, which ends before its empty line.
 
@@ -798,11 +797,14 @@ def parse_request_head(head: bytes) -> RequestHead:
     if match[3] != b"1":
         raise EdgeError("only HTTP/1.0 and HTTP/1.1 are spoken here",
                         HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
-    fields = _parse_field_block(rest)
+    fields = _known_fields[rest]
     minor = int(match[4])
     if minor and "host" not in fields:
         raise BadRequest("an HTTP/1.1 request needs one Host field (RFC 9112, section 3.2)")
     return RequestHead(match[1].decode(), match[2].decode(), minor, fields)
+
+
+_known_heads = _Remembered(parse_request_head)
 
 
 class _Phase(enum.IntEnum):
@@ -865,7 +867,7 @@ class RequestParser:
         if end < 0:
             self._check_incomplete_head()
             return None
-        head = parse_request_head(bytes(buffer[:end]))
+        head = _known_heads[bytes(buffer[:end])]
         del buffer[:end + 4]
         self._searched = 0
         self._phase = _Phase.CHUNK_SIZE if head.length is None else _Phase.LENGTH
@@ -987,7 +989,6 @@ def encode_chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-@_remembering
 def parse_path(path: str) -> Tuple[str, ...]:
     """Return the decoded segments of an absolute path: "/a/b%20c" is ("a", "b c").
 
@@ -1004,6 +1005,9 @@ def parse_path(path: str) -> Tuple[str, ...]:
         if part in (".", "..") or not (part.isprintable() or not part):
             raise BadRequest("the path has a '.' or '..' segment or a control character")
     return tuple(segments)
+
+
+known_paths = _Remembered(parse_path)
 
 
 def parse_query(query: str) -> Dict[str, str]:
@@ -1437,7 +1441,6 @@ def encode_wire_request(stream: int, request_id: str, text: bytes, *, end: bool)
     return encode_wire(Kind.REQUEST, stream, b"%b\n%b" % (request_id.encode(), text), end=end)
 
 
-@_remembering
 def _read_request(text: bytes) -> Tuple[str, str, Dict[str, str]]:
     """Return (method, target, fields) of a REQUEST. Raises ProtocolError when it makes no sense."""
     method, target, fields = [*parse_wire_head(text), None, None, None][:3]
@@ -1446,10 +1449,13 @@ def _read_request(text: bytes) -> Tuple[str, str, Dict[str, str]]:
     return method, target, _forwarded_fields(fields)
 
 
+_known_requests = _Remembered(_read_request)
+
+
 def parse_wire_request(frame: WireFrame) -> EdgeRequest:
     """Return what a REQUEST asks for, with the body if it is whole. Raises ProtocolError."""
     line, _, text = frame.text.rpartition(b"\n")
-    method, target, known = _read_request(text)
+    method, target, known = _known_requests[text]
     fields = known.copy()
     if line:
         fields["x-request-id"] = _check_request_id(line.decode("latin-1"))
@@ -1588,8 +1594,7 @@ class _LockSelector(selectors.DefaultSelector):
         super().__init__()
         self._token = threading.Lock()            # released: the loop was woken
         self._token.acquire()
-        # whether wake() is needed; changes only while the loop's thread runs callbacks
-        self.waits_on_lock = True
+        self.waits_on_lock = True                 # whether wake() ends a select()
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         """Watch a socket."""
@@ -1620,7 +1625,7 @@ class _LockSelector(selectors.DefaultSelector):
         return []
 
 
-class _WorkLoop(asyncio.SelectorEventLoop):
+class WorkLoop(asyncio.SelectorEventLoop):
     """An asyncio loop that other threads wake often and that has few sockets, as plugins' do."""
 
     def __init__(self) -> None:
@@ -1629,14 +1634,12 @@ class _WorkLoop(asyncio.SelectorEventLoop):
 
     def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:
         """Run a callback on the loop's thread soon. Raises RuntimeError when the loop is closed."""
-        if not self._lock_selector.waits_on_lock or self.get_debug():
+        if self.get_debug():                      # then call_soon() refuses other threads
             handle = super().call_soon_threadsafe(callback, *args, context=context)
-            self._lock_selector.wake()            # in debug mode call_soon() refuses other threads
-            return handle
-        # call_soon() only appends to a deque, as asyncio's own version of this method relies on;
-        # the loop looks there before each select(), and the token is not lost if it did so already
-        handle = self.call_soon(callback, *args, context=context)
-        self._lock_selector.wake()
+        else:
+            # it only appends to a deque, as asyncio's own version of this method relies on
+            handle = self.call_soon(callback, *args, context=context)
+        self._wake()
         return handle
 
     def start_task(self, make: Callable[[], Any], started: Callable[[Any], None]) -> None:
@@ -1645,11 +1648,18 @@ class _WorkLoop(asyncio.SelectorEventLoop):
         started(task) is called before the task goes on, if it has anything to wait for.
         Raises RuntimeError when the loop is closed.
         """
-        if _EAGER or not self._lock_selector.waits_on_lock or self.get_debug() or self.is_closed():
+        if _EAGER or self.get_debug() or self.is_closed():
             self.call_soon_threadsafe(self._start_task, make, started)
         else:                                     # it saves a turn, and goes as call_soon() does
             self._start_task(make, started)
-            self._lock_selector.wake()
+            self._wake()
+
+    def _wake(self) -> None:
+        # whoever registers a socket after this line finds what was appended before it
+        self._lock_selector.wake()
+        if not self._lock_selector.waits_on_lock:
+            with contextlib.suppress(RuntimeError):              # it was closed
+                super().call_soon_threadsafe(lambda: None)
 
     def _start_task(self, make: Callable[[], Any], started: Callable[[Any], None]) -> None:
         task = asyncio.Task(make(), loop=self, **_EAGER)
@@ -1662,13 +1672,10 @@ _EAGER: Dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) el
 
 
 class LoopThread:
-    """An asyncio loop in a daemon thread of its own.
+    """An asyncio loop, an ordinary one by default, in a daemon thread of its own."""
 
-    has_sockets: False for a loop that mostly waits for other threads.
-    """
-
-    def __init__(self, name: str, *, has_sockets: bool = True) -> None:
-        self.loop = asyncio.new_event_loop() if has_sockets else _WorkLoop()
+    def __init__(self, name: str, loop: Optional[asyncio.AbstractEventLoop] = None) -> None:
+        self.loop: Any = loop or asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> "LoopThread":
@@ -2514,14 +2521,15 @@ class TokenStore:
 
     path: a JSON file {"tokens": [{"name", "scope", "hash", "created", "expires", "edges"}]}.
     find() may be called by any thread. refresh() notices changes on disk, so that a token is
-    revoked without a restart.
+    revoked without a restart. `table` is what it looks at, {prefix of a hash: [(hash, identity)]}:
+    another object once any token was added or revoked.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         # replaced as a whole and never changed, so that readers need no lock
         self._records: List[Dict[str, Any]] = []
-        self._by_prefix: Dict[str, List[Tuple[str, Identity]]] = {}
+        self.table: Dict[str, List[Tuple[str, Identity]]] = {}
         self._stamp: Tuple[int, ...] = (-1,)      # of the file that was read
         self._fixed: List[Dict[str, Any]] = []    # not in the file: RADICAL_BRIDGE_TOKEN
         self.refresh()
@@ -2539,18 +2547,13 @@ class TokenStore:
         self._stamp = stamp
         return True
 
-    @property
-    def table(self) -> Any:
-        """What find() looks at: another object once any token was added or revoked."""
-        return self._by_prefix
-
     def find(self, token: str) -> Optional[Identity]:
         """Return who the token belongs to; None when it is unknown, revoked or expired."""
         if token.startswith(CHILD_TOKEN + "~"):
             return self._find_child(token)
         digest = _digest(token)
         # a hash's prefix tells nothing of the token; the whole is compared in constant time
-        for known, identity in self._by_prefix.get(digest[:8], ()):
+        for known, identity in self.table.get(digest[:8], ()):
             if hmac.compare_digest(known, digest):
                 return None if identity.has_expired else identity
         return None
@@ -2628,7 +2631,7 @@ class TokenStore:
         for record in records + self._fixed:
             known = record["hash"], self._identity(record)
             by_prefix.setdefault(record["hash"][:8], []).append(known)
-        self._records, self._by_prefix = records, by_prefix
+        self._records, self.table = records, by_prefix
 
     def _read(self) -> List[Dict[str, Any]]:
         text = read_private(self._path)
@@ -5738,7 +5741,7 @@ class _Hosted:
     """A plugin with the thread, the loop and the workers that are its own."""
 
     def __init__(self, name: str) -> None:
-        self.thread = LoopThread(f"plugin-{name}", has_sockets=False).start()
+        self.thread = LoopThread(f"plugin-{name}", WorkLoop()).start()
         self.workers = Workers(f"plugin-{name}")
         self.plugin: Any = None                   # set once it is made
         self.ui_module: Optional[str] = None      # JavaScript for the plugin's page; likewise
@@ -6010,7 +6013,7 @@ class PluginHost:
     def _resolve(self, call_: Call) -> Tuple[_Hosted, Route, Request]:
         incoming = call_.incoming
         path = incoming.target.partition("?")[0]
-        segments = parse_path(path)
+        segments = known_paths[path]
         hosted = self._hosted.get(segments[0])
         if hosted is None:
             raise NotFound(self._explain_missing(segments[0]))
@@ -6744,7 +6747,7 @@ class _BridgeLink:
         self.state = LinkState.CLOSED             # only _advance() changes it
         self.channel: Optional[Channel] = None
         self._wire = 1                            # the version that the bridge chose
-        self._new_mask: Callable[[], bytes] = new_mask
+        self._is_masked = True                    # whether frames get masks that hide something
         # by stream; the transport loop adds, any thread takes away: a dict's methods are atomic
         self._calls: Dict[int, _StreamCall] = {}
         self.load = _Load()
@@ -6829,12 +6832,11 @@ class _BridgeLink:
     def send_wire(self, channel: Channel, head: bytes,
                   body: Union[bytes, memoryview] = b"") -> None:
         """Send a frame of version 2 to the link that its request came from."""
-        mask = self._new_mask()
-        if mask is NO_MASK:
-            head = encode_frame_head(Opcode.BINARY, len(head) + len(body), mask=mask) + head
-            channel.send(*((head + body,) if len(body) < MAX_RECORD else (head, body)))
-        else:
-            channel.send(encode_frame(Opcode.BINARY, head + body, mask=mask))
+        if self._is_masked:
+            channel.send(encode_frame(Opcode.BINARY, head + body, mask=new_mask()))
+            return
+        head = encode_frame_head(Opcode.BINARY, len(head) + len(body), mask=NO_MASK) + head
+        channel.send(*((head + body,) if len(body) < MAX_RECORD else (head, body)))
 
     def close(self, reason: str) -> None:
         """Leave the bridge, politely."""
@@ -6863,7 +6865,7 @@ class _BridgeLink:
 
     def _serve(self, sock: socket.socket, rest: bytes) -> None:
         self._parser = FrameParser(masked=False)
-        self._wire, self._new_mask, self._calls, self.load = 1, new_mask, {}, _Load()
+        self._wire, self._is_masked, self._calls, self.load = 1, True, {}, _Load()
         self._closed = self._loop.create_future()
         closed = self._closed
         limit_unsent(sock)
@@ -6904,7 +6906,8 @@ class _BridgeLink:
         edge_log.debug("%s: %s after %s", self.url, self.state.name, event)
 
     def _send(self, opcode: Opcode, payload: bytes) -> None:
-        self.channel.send(encode_frame(opcode, payload, mask=self._new_mask()))
+        mask = new_mask() if self._is_masked else NO_MASK
+        self.channel.send(encode_frame(opcode, payload, mask=mask))
 
     # -- what arrives
 
@@ -6997,7 +7000,7 @@ class _BridgeLink:
             if self.url.tls or self.url.is_loopback:
                 # masks protect proxies that would take the bytes for HTTP (RFC 6455, section 10.3);
                 # there is none inside TLS or between two ends on one machine
-                self._new_mask = lambda: NO_MASK
+                self._is_masked = False
         self._advance("registered")
         acked = message.get("acked")
         if isinstance(acked, int):
@@ -7417,7 +7420,6 @@ def _make_foreign_answer(status: int, fields: Dict[str, str]) -> AnswerHead:
     return _make_answer(status, {**kept, **_FOREIGN_FIELDS})
 
 
-@_remembering
 def _read_answer(text: bytes) -> AnswerHead:
     """Return the head of an answer, as a client gets it, from that of a RESPONSE.
 
@@ -7427,6 +7429,9 @@ def _read_answer(text: bytes) -> AnswerHead:
     fields = parse_fields_object(headers)
     answer = _make_foreign_answer(check_status(status), fields)
     return answer._replace(length=fields.get("content-length", ""))
+
+
+_known_answers = _Remembered(_read_answer)
 
 
 def _encode_date() -> str:
@@ -7780,7 +7785,12 @@ class HttpConnection:
                 event = self._parser.next_event()
                 if event is None:
                     break
-                self._on_event(event)
+                if isinstance(event, RequestHead):
+                    self._on_head(event)
+                elif event is END:
+                    self._on_end()
+                else:
+                    self._on_body(event)
         except EdgeError as error:                # the framing is broken: out of step for good
             self._fail(error)
         except Exception:                         # ours; it must not leave the client waiting
@@ -7788,14 +7798,6 @@ class HttpConnection:
             self._fail(EdgeError("internal error; the log has it"))
         finally:
             self._advancing = False
-
-    def _on_event(self, event: Union[RequestHead, bytes, object]) -> None:
-        if isinstance(event, RequestHead):
-            self._on_head(event)
-        elif event is END:
-            self._on_end()
-        else:
-            self._on_body(event)
 
     def _on_head(self, head: RequestHead) -> None:
         self._exchange = exchange = self._gateway.open_exchange(self, head)
@@ -8244,7 +8246,7 @@ class StreamRequests(LinkRequests):
             self._count_late()
             return
         try:
-            answer = _read_answer(frame.text)
+            answer = _known_answers[frame.text]
             if frame.end:
                 self.forget(exchange)
                 exchange.answer(answer, bytes(frame.body))
@@ -9364,11 +9366,8 @@ class _OwnCall(Call):
         self._upload_window.add(size)
 
 
-def _timeout_of(head: RequestHead) -> Optional[float]:
-    """Return the seconds that the client gives its request, None without X-Request-Timeout."""
-    text = head.fields.get("x-request-timeout")
-    if text is None:
-        return None
+def _parse_timeout(text: str) -> float:
+    """Return the seconds that a client gives its request with X-Request-Timeout."""
     if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) <= 0:
         raise Unprocessable(f"X-Request-Timeout: {text[:40]!r} is not a number of seconds")
     return float(text)
@@ -9633,7 +9632,7 @@ class Bridge:
         """Return the exchange of a request whose body is still to come, checked and routed."""
         exchange = Exchange(connection, head, self._request_id(head), time.monotonic())
         try:
-            exchange.segments = parse_path(head.path)
+            exchange.segments = known_paths[head.path]
             exchange.identity = self._authenticator.identify(head, connection.address)
             if exchange.identity is not None:
                 self._rates.count(exchange.identity.name, exchange.started)
@@ -9703,7 +9702,10 @@ class Bridge:
         name, head = exchange.segments[0], exchange.head
         if len(exchange.segments) < 3:
             raise NotFound("there is no such route; a plugin's are /EDGE/PLUGIN/ROUTE")
-        exchange.timeout = _timeout_of(head) or self._request_timeout
+        if "x-request-timeout" in head.fields:
+            exchange.timeout = _parse_timeout(head.fields["x-request-timeout"])
+        else:
+            exchange.timeout = self._request_timeout
         exchange.on_progress()
         if name == BRIDGE_NAME:
             incoming = EdgeRequest(exchange.request_id, head.method, exchange.target,
@@ -9711,7 +9713,10 @@ class Bridge:
             self._own_exchanges.add(exchange)
             self._host.dispatch(_OwnCall(self._thread, exchange, incoming))
             return
-        if name in self._registry.links or not self._registry.wait(exchange, name):
+        link = self._registry.links.get(name)
+        if link is not None:
+            link.forward(exchange)
+        elif not self._registry.wait(exchange, name):
             self._registry.forward(exchange)
 
     def _takes_uploads(self, name: str) -> bool:
