@@ -4984,6 +4984,14 @@ class PSIJSession(PluginSession):
             ends.append(end)
         return {**status, "eof": all(ends)}
 
+    async def get_job_spec(self, job_id: str) -> Dict[str, Any]:
+        """Return {"job_spec", "executor"}, as submit takes them, to submit the job once more.
+
+        Apart from the status, which is asked for often: the environment may hold secrets.
+        """
+        job = self._find(job_id)
+        return {"job_spec": job.spec, "executor": job.executor}
+
     async def list_jobs(self) -> Dict[str, Any]:
         """Return {"jobs": [...]}, the oldest first."""
         return {"jobs": [job.describe() for job in self._jobs.values()]}
@@ -5047,6 +5055,10 @@ class PSIJClient(PluginClient):
         """Return a job's state and its output from the byte offsets on; at most 1 MiB of each."""
         return self._get(f"status/{self._require_session()}/{job_id}", stdout_offset=stdout_offset,
                          stderr_offset=stderr_offset)
+
+    def get_job_spec(self, job_id: str) -> Dict[str, Any]:
+        """Return {"job_spec", "executor"}, which are the arguments of submit_job()."""
+        return self._get(f"job_spec/{self._require_session()}/{job_id}")
 
     def submit_tunneled(self, job_spec: Dict[str, Any], executor: str = "local",
                         tunnel: Any = False) -> Dict[str, Any]:
@@ -5137,6 +5149,7 @@ class PluginPSIJ(Plugin):
         self.add_route_post("submit_tunneled/{sid}", self.submit_tunneled)
         self.add_route_get("tunnel_status/{edge_name}", self.tunnel_status)
         self.add_route_get("status/{sid}/{job_id}", self.get_job_status)
+        self.add_route_get("job_spec/{sid}/{job_id}", self.get_job_spec)
         self.add_route_get("list_jobs/{sid}", self.list_jobs)
         self.add_route_post("cancel/{sid}/{job_id}", self.cancel_job)
 
@@ -5217,6 +5230,11 @@ class PluginPSIJ(Plugin):
         return await self._forward(
             request.path_params["sid"], PSIJSession.get_job_status, request.path_params["job_id"],
             request.query_int("stdout_offset", 0), request.query_int("stderr_offset", 0))
+
+    async def get_job_spec(self, request: Request) -> Any:
+        """Answer {"job_spec", "executor"} of a job, as it was submitted."""
+        return await self._forward(request.path_params["sid"], PSIJSession.get_job_spec,
+                                   request.path_params["job_id"])
 
     async def list_jobs(self, request: Request) -> Any:
         """Answer {"jobs"} of the session."""

@@ -5564,6 +5564,41 @@ def test_why_a_job_failed_is_said(psij, spec, code, words):
     assert words in status["message"]
 
 
+def test_what_a_job_was_submitted_as_is_told_so_that_it_can_be_again(psij, tmp_path):
+    (tmp_path / "in").write_text("the input")
+    spec = {"executable": "/bin/sh", "arguments": ["-c", 'pwd; cat; echo "$MINE"'], "name": "mine",
+            "directory": str(tmp_path), "environment": {"MINE": "2", "N": 3},
+            "stdin_path": str(tmp_path / "in"), "attributes": {"duration": 60},
+            "resources": {"node_count": 1}}
+    job_id = psij.submit(**spec)
+    psij.wait(job_id)
+    psij.restart()
+    status, work = psij.get(f"job_spec/{psij.sid}/{job_id}")
+    assert (status, work) == (200, {"job_spec": spec, "executor": "local"})
+    again = psij.post(f"submit/{psij.sid}", work)[1]["job_id"]
+    assert again != job_id and psij.wait(again)["stdout"] == f"{tmp_path}\nthe input2\n"
+    assert psij.get(f"job_spec/{psij.sid}/none")[0] == 404
+
+
+def test_only_the_owner_of_a_job_and_admins_are_told_its_environment(psij):
+    def ask_as(method, path, body=None, **caller):
+        return ask(psij.host, method, f"/psij/{path}", body, as_user(**caller))
+
+    sid = ask_as("POST", "register_session", {}, name="alice")[1]["sid"]
+    spec = {"executable": "/bin/true", "environment": {"KEY": "a secret"}}
+    job_id = ask_as("POST", f"submit/{sid}", {"job_spec": spec}, name="alice")[1]["job_id"]
+    wait_until(lambda: psij.told(job_id)[-1:] == ["COMPLETED"])
+    path = f"job_spec/{sid}/{job_id}"
+    assert [ask_as("GET", path, **caller)[0] for caller in (
+        {"name": "bob"}, {"scope": "read"}, {"name": "alice"}, {"scope": "admin"})] == [
+        403, 403, 200, 200]
+    assert ask_as("GET", f"job_spec/{psij.sid}/{job_id}", name="bob")[0] == 404
+    told = [psij.said, ask_as("GET", f"status/{sid}/{job_id}", name="alice"),
+            ask_as("GET", f"list_jobs/{sid}", name="alice")]
+    assert "a secret" in json.dumps(ask_as("GET", path, name="alice")[1])
+    assert "a secret" not in json.dumps(told)
+
+
 def test_cancel_ends_the_whole_group_also_one_that_ignores_sigterm(psij, monkeypatch):
     monkeypatch.setattr(plugins, "GRACE_S", 0.3)
     job_id = psij.shell("trap '' TERM; sleep 600 & echo $!; sleep 600; sleep 600")

@@ -11,9 +11,11 @@ import pytest
 
 from nginx import pick_port, run_nginx
 from test_edge import NVIDIA_SMI, ROCM_SMI, home, make_program, start, wait_until    # noqa: F401
-from test_explorer import (PLUGINS, Frame, Stage, Window, check_access,              # noqa: F401
+from test_explorer import (HERE, PLUGINS, Frame, Stage, Window, check_access,              # noqa: F401
                            driver, look, output, stage, submit, window)
 from test_queue_info import replay
+
+OLDER = str(HERE / "explorer" / "older_psij.py")
 
 
 def rows(window):
@@ -402,12 +404,43 @@ def test_ten_thousand_batch_jobs_are_filtered_and_reached_by_keys(cluster, stage
 # Words
 # ---------------------------------------------------------------------------
 
-def test_a_job_of_before_is_submitted_again_by_way_of_the_form(stage, window):
-    stage.start_edge("site", "-p", "psij")
+def submit_from_elsewhere(stage, spec):
+    """Submit a job in a session that is not the page's."""
     sid = stage.call("POST", "/site/psij/register_session")["sid"]
-    spec = {"executable": "/bin/echo", "arguments": ["two words", "it's"],
-            "attributes": {"duration": 60}, "resources": {"node_count": 1}}
     stage.call("POST", f"/site/psij/submit/{sid}", {"job_spec": spec})
+    return sid
+
+
+def test_a_job_of_another_session_is_submitted_again_with_all_that_it_was_given(stage, window):
+    stage.start_edge("site", "-p", "psij")
+    (stage.home / "data").mkdir()
+    spec = {"executable": "/bin/sh", "arguments": ["-c", "pwd; env"], "attributes": {"duration": 60},
+            "directory": str(stage.home / "data"), "inherit_environment": False,
+            "environment": {"PASSWORD": "two words"}, "resources": {"node_count": 1}}
+    theirs = submit_from_elsewhere(stage, spec)
+    window.sign_in()
+    window.open("#/e/site/psij")
+    window.click(".vrow .main", "/bin/sh")
+    window.wait(lambda: "two words" in output(window), "the output")
+    first = output(window)
+    assert first.startswith(f"{stage.home}/data\n") and "environment" not in window.text().lower()
+    window.click("section[aria-label=Job] button", "Submit again")
+    window.find(".toast", "The job is submitted.")
+    window.wait(lambda: rows(window) == 2 and output(window) == first, "the second job's output")
+    sids = stage.call("GET", "/site/psij/list_sessions")["sessions"]
+    jobs = [(sid, job["job_id"]) for sid in sids
+            for job in stage.call("GET", f"/site/psij/list_jobs/{sid}")["jobs"]]
+    specs = [stage.call("GET", f"/site/psij/job_spec/{sid}/{job}") for sid, job in jobs]
+    assert specs == [{"job_spec": spec, "executor": "local"}] * 2
+    assert len({sid for sid, _ in jobs}) == 2 and theirs in sids     # each in its own session
+
+
+def test_a_job_of_an_older_edge_is_submitted_again_by_way_of_the_form(stage, window):
+    window.expected = ["/job_spec/.* - Failed to load resource: .* 404"]
+    stage.start_edge("site", "-p", "psij", "--plugin-file", OLDER)
+    submit_from_elsewhere(stage, {
+        "executable": "/bin/echo", "arguments": ["two words", "it's"],
+        "attributes": {"duration": 60}, "resources": {"node_count": 1}})
     window.sign_in()
     window.open("#/e/site/psij")
     window.click(".vrow .main", "/bin/echo")

@@ -102,7 +102,8 @@ ODD_TEXTS = ["", " ", "-1", "1", "007", "1e400", "nan", "1" * 18, "9" * 18, "9" 
              "a,b", "1_[1-3]"]
 # plugin, method, path and query, in which each {} is one of ODD_TEXTS in turn
 PATHS = [
-    ("psij", "GET", "status/{sid}/{}"), ("psij", "POST", "cancel/{sid}/{}"),
+    ("psij", "GET", "status/{sid}/{}"), ("psij", "GET", "job_spec/{sid}/{}"),
+    ("psij", "POST", "cancel/{sid}/{}"),
     ("psij", "GET", "tunnel_status/{}"), ("psij", "GET", "status/{sid}/{job}?stdout_offset={}"),
     ("psij", "GET", "status/{sid}/{job}?stderr_offset={}"), ("psij", "GET", "list_jobs/{}"),
     ("psij", "POST", "unregister_session/{}"), ("psij", "POST", "submit/{}"),

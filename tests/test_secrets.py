@@ -224,3 +224,30 @@ def _is_closed(path, home):
     """Whether a directory on the way to a file keeps others out."""
     return any(not stat.S_IMODE(parent.stat().st_mode) & 0o077 for parent in path.parents
                if home / ".radical" in (parent, *parent.parents))
+
+
+def test_the_environment_of_a_job_is_told_to_who_may_and_left_nowhere_else(home, start):  # noqa: F811
+    both = start("--bridge", "--edge", "--port", "0", "--name", "e1", "-p", "psij", "--log-level",
+                 "DEBUG", expect="registered as e1")
+    secret, seen = "s3cret-" * 5, []
+    search = Search({"what the environment has": secret})
+    with radical_edge.BridgeClient(bridge_url(both)) as client:
+        client.register_callback(callback=lambda *event: seen.append(event))
+        psij = client.get_edge_client("e1").get_plugin("psij")
+        job = psij.submit_job({"executable": "/bin/true", "environment": {"KEY": secret}})["job_id"]
+        status = psij.wait_job(job, timeout=60)
+        again = psij.submit_job(**psij.get_job_spec(job))["job_id"]
+        assert psij.get_job_spec(again)["job_spec"]["environment"] == {"KEY": secret}
+        wait_until(lambda: [event[3]["state"] for event in seen].count("COMPLETED") == 2)
+        shown = [("the status", json.dumps([status, psij.list_jobs()])),
+                 *((path, client.http.get(path).text) for path in ("/metrics", "/openapi.json"))]
+    both.end()
+    shown += [("events", json.dumps(seen)), ("logs", "\n".join(both.lines + both.errors))]
+    for where, text in shown:
+        search.check(where, text)
+    files = [path for path in (home / ".radical").rglob("*") if path.is_file()]
+    kept = [path for path in files if path.name == "job.json"]   # what the jobs are started with
+    assert len(kept) == 2 and all(secret.encode() in path.read_bytes() for path in kept)
+    for path in files:
+        if path not in kept:
+            search.check(str(path), path.read_bytes())
