@@ -9857,6 +9857,7 @@ def _add_operation(paths: Dict[str, Dict[str, Any]], path: str, method: str, sum
 client_log = logging.getLogger("radical_edge.client")
 CLIENT_TIMEOUT_S = REQUEST_S + 30.0    # the bridge gives up first, and says why
 RETRY_S = 15.0                 # a dropped connection is tried again so long
+EDGE_S = 1800.0                # an edge that is to come, perhaps as a job from a queue
 
 _ERROR_BY_STATUS: Dict[int, Type[EdgeError]] = {
     int(cls.status): cls for cls in (
@@ -10088,7 +10089,8 @@ def events(*, url: Optional[str] = None, token: Optional[str] = None, cert: Opti
     """Yield {"topic", "data", "id"} for each event, for ever; reconnect and resume by itself.
 
     The first is the topology: once it came, nothing is missed. edge, plugin_name, topic: filters.
-    last_id: the id after which to go on. Raises EdgeError when the bridge refuses.
+    last_id: the id after which to go on. Raises EdgeError when the bridge refuses, or when its
+    certificate is not trusted.
     """
     filters = {"edge": edge, "plugin": plugin_name, "topic": topic}
     with contextlib.closing(EventStream(Bridges(find_bridges(url, token, cert)), filters,
@@ -10106,11 +10108,15 @@ class EventStream:
     Any thread may call close(). Duplicates are dropped: by the event's id, and by the number that
     its edge gave a notification, which is the same on all bridges. So the stream goes on without a
     gap at another bridge when one fails.
+
+    longest_pause: seconds between two attempts to reach a bridge, at most. trouble: what went wrong
+    last, and where; None while events come.
     """
 
     def __init__(self, bridges: Bridges, filters: Optional[Dict[str, str]] = None,
-                 last_id: str = "") -> None:
-        self._bridges = bridges
+                 last_id: str = "", longest_pause: float = BACKOFF_S[1]) -> None:
+        self.trouble: Optional[str] = None
+        self._bridges, self._longest_pause = bridges, longest_pause
         query = urllib.parse.urlencode({name: value for name, value in (filters or {}).items()
                                         if value})
         self._path = "/events" + (f"?{query}" if query else "")
@@ -10132,19 +10138,27 @@ class EventStream:
     def __iter__(self) -> Iterator[Dict[str, Any]]:
         pause = BACKOFF_S[0]
         while not self._closed.is_set():
+            target = self._bridges.current
             try:
-                for event in self._read_once():
-                    pause = BACKOFF_S[0]
+                for event in self._read_once(target):
+                    pause, self.trouble = BACKOFF_S[0], None
                     yield event
             except (OSError, ProtocolError, http.client.HTTPException, ValueError) as error:
-                if not self._closed.is_set():
-                    client_log.info("event stream: %s; trying again", explain(error))
-            self._closed.wait(pause * random.uniform(0.5, 1.5))
+                self._on_trouble(target, error)
+            self._closed.wait(min(pause, self._longest_pause) * random.uniform(0.5, 1.5))
             pause = min(pause * 2, BACKOFF_S[1])
 
-    def _read_once(self) -> Iterator[Dict[str, Any]]:
+    def _on_trouble(self, target: Target, error: Exception) -> None:
+        """Keep what went wrong. Raises Unavailable for a certificate that was never trusted."""
+        self.trouble = f"{target.url}: {explain(error)}"
+        is_untrusted = isinstance(error.__cause__, ssl.SSLCertVerificationError)
+        if is_untrusted and self._source is None:
+            raise Unavailable(self.trouble) from None
+        if not self._closed.is_set():
+            client_log.info("event stream: %s; trying again", self.trouble)
+
+    def _read_once(self, target: Target) -> Iterator[Dict[str, Any]]:
         """Yield the events of one connection."""
-        target = self._bridges.current
         connection = _Connection(target.url.host, target, timeout=(LINK_DEAD + 1) * HEARTBEAT_S)
         elsewhere = self._source not in (None, target)
         try:
@@ -10384,6 +10398,77 @@ Callback = Callable[[str, str, str, Any], None]
 _CallbackKey = Tuple[Optional[str], Optional[str], Optional[str]]
 
 
+class _EdgeWatch:
+    """Follows which edges are there, in a thread of its own, while somebody waits for one.
+
+    Its stream is not that of the callbacks: a topology comes first, so that nothing old is
+    believed, and a callback may wait as well.
+    """
+
+    def __init__(self, bridges: Bridges, pause: float) -> None:
+        self._bridges = bridges
+        self._stream = EventStream(bridges, {"topic": "topology"}, longest_pause=pause)
+        self._news = threading.Condition()
+        self._there: Optional[List[str]] = None   # the edges' names, once told; guarded by _news
+        self._refusal: Optional[EdgeError] = None                # guarded by _news
+        self._thread = threading.Thread(target=self._follow, name="client-edges", daemon=True)
+
+    def __enter__(self) -> "_EdgeWatch":
+        atexit.register(self._close)              # see BridgeClient.wait_for_listener()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc: Any) -> None:
+        atexit.unregister(self._close)
+        self._close()
+
+    def wait(self, names: List[str], timeout: float, interval: float,
+             on_heartbeat: Optional[Callable[[], None]]) -> str:
+        """Return the first of `names` that is there; see BridgeClient.wait_for_edge()."""
+        end = time.monotonic() + timeout
+        while True:
+            left = end - time.monotonic()
+            with self._news:
+                found = self._news.wait_for(lambda: self._find_locked(names), min(left, interval))
+            if found is not None:
+                return found
+            if left <= interval:
+                raise TimeoutError(f"no edge {' or '.join(map(repr, names))} within {timeout:g} s; "
+                                   f"{self._describe()}")
+            if on_heartbeat is not None:
+                on_heartbeat()
+
+    def _describe(self) -> str:
+        """Return what is known of the edges, or why nothing is."""
+        there, url = self._there, self._bridges.current.url
+        return self._stream.trouble or (
+            f"{url} has not answered" if there is None else
+            f"{url} has {', '.join(sorted(there)) or 'none'}")
+
+    def _close(self) -> None:
+        self._stream.close()
+        self._thread.join(STOP_S)
+
+    def _find_locked(self, names: List[str]) -> Optional[str]:
+        if self._refusal is not None:
+            raise self._refusal
+        return next((name for name in names if name in (self._there or ())), None)
+
+    def _follow(self) -> None:
+        try:
+            for event in self._stream:
+                if event["topic"] == "topology":
+                    self._take([name for name, edge in event["data"]["edges"].items()
+                                if edge.get("connected", True)])
+        except EdgeError as error:
+            self._take([], error)
+
+    def _take(self, there: List[str], refusal: Optional[EdgeError] = None) -> None:
+        with self._news:
+            self._there, self._refusal = there, refusal
+            self._news.notify_all()
+
+
 class BridgeClient:
     """A program's connection to a bridge: edges, their plugins, and callbacks for events.
 
@@ -10429,6 +10514,21 @@ class BridgeClient:
     def get_edge_client(self, edge_id: str) -> "EdgeClient":
         """Return a client of one edge."""
         return EdgeClient(self, edge_id)
+
+    def wait_for_edge(self, names: Union[str, Iterable[str]], timeout: float = EDGE_S,
+                      poll: float = 3.0, on_heartbeat: Optional[Callable[[], None]] = None,
+                      heartbeat_interval: float = 10.0) -> str:
+        """Return the first of `names`, which is one or several, that is connected; wait for it.
+
+        timeout: seconds, then TimeoutError, which says what is there. The bridge tells when edges
+        come; poll: one that does not answer is tried again after so many seconds. on_heartbeat() is
+        called every heartbeat_interval seconds meanwhile. Raises EdgeError when it refuses.
+        """
+        wanted = [names] if isinstance(names, str) else list(names)
+        if not wanted:
+            raise ValueError("names: name the edge to wait for")
+        with _EdgeWatch(self._bridges, poll) as watch:
+            return watch.wait(wanted, timeout, heartbeat_interval, on_heartbeat)
 
     def disconnect_edge(self, edge_id: str) -> None:
         """Tell an edge to end and not to come back. Needs an admin's token."""

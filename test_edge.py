@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import concurrent.futures
 import contextlib
 import gc
 import hashlib
@@ -5158,6 +5159,123 @@ def test_an_event_stream_goes_on_after_the_bridge_was_restarted(tokens):
         stream.close()
         thread.join()
         assert bridge.stop()
+
+
+@contextlib.contextmanager
+def waiting(client, *arguments, **options):
+    """Wait for an edge in a thread that has begun to; yields its Future."""
+    beats = queue.Queue()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        found = pool.submit(client.wait_for_edge, *arguments, timeout=60, heartbeat_interval=0.02,
+                            on_heartbeat=lambda: beats.put(1), **options)
+        beats.get(timeout=20)
+        yield found
+        found.result(60)
+
+
+def test_a_client_waits_until_an_edge_that_it_names_is_there(bridge, fake_edge):
+    with BridgeClient(bridge.url) as client:
+        with waiting(client, ["none", "f1"]) as found:
+            wait_until(lambda: bridge._hub.subscribers)
+            fake_edge("f2").hear("topology")
+            assert not found.done()
+            fake_edge("f1")
+            assert found.result(20) == "f1"
+        wait_until(lambda: not bridge._hub.subscribers)           # nothing goes on listening
+        assert client.wait_for_edge("f1", timeout=20) == "f1"
+        assert client.wait_for_edge(iter(["f2", "f1"])) == "f2"    # the first of them that is there
+        with pytest.raises(ValueError, match="name the edge"):
+            client.wait_for_edge([])
+
+
+def test_an_edge_whose_link_is_lost_is_not_there_until_it_is_back(bridge, fake_edge):
+    fake = fake_edge("f1", instance="i")
+    fake.hear("topology")
+    fake.close()
+    wait_until(lambda: "f1" in bridge._registry.absent)
+    with BridgeClient(bridge.url) as client, waiting(client, "f1") as found:
+        wait_until(lambda: bridge._hub.subscribers)
+        assert not found.done()
+        fake_edge("f1", instance="i")
+        assert found.result(20) == "f1"
+
+
+def test_an_edge_may_be_waited_for_in_a_callback(bridge, fake_edge):
+    with BridgeClient(bridge.url) as client:
+        found = queue.Queue()
+        client.register_callback(callback=lambda *_event: found.put(client.wait_for_edge("f2", 20)))
+        fake_edge("f1").say(type="notification", plugin="p", topic="t", data={})
+        fake_edge("f2")
+        assert found.get(timeout=20) == "f2"
+
+
+def test_an_edge_is_waited_for_at_whichever_bridge_works(tokens, fake_edge, bridge, tmp_path):
+    first = Bridge(port=0, tokens=tokens[0], state_dir=tmp_path / "first").start()
+    with BridgeClient(f"{first.url},{bridge.url}") as client, \
+            waiting(client, "f1", poll=0.05) as found:
+        wait_until(lambda: first._hub.subscribers)
+        assert first.stop()
+        wait_until(lambda: bridge._hub.subscribers)
+        fake_edge("f1")
+        assert found.result(20) == "f1"
+        assert client.list_edges() == ["f1"]       # and so are its routes
+
+
+def test_a_bridge_that_starts_late_is_waited_for_as_well(tokens):
+    port = free_port()
+    with BridgeClient(f"http://127.0.0.1:{port}") as client:
+        with pytest.raises(TimeoutError, match="'f1' within 0.1 s; .*: nothing listens"):
+            client.wait_for_edge("f1", timeout=0.1)
+        with waiting(client, "f1", poll=0.05) as found:
+            bridge = Bridge(port=port, tokens=tokens[0]).start()
+            fake = FakeEdge(bridge, tokens[1]["edge"], "f1")
+            try:
+                assert found.result(20) == "f1"
+            finally:
+                fake.close()
+                assert bridge.stop()
+
+
+def test_waiting_in_vain_says_what_there_is_instead(bridge, fake_edge):
+    with BridgeClient(bridge.url) as client:
+        wanted = "no edge 'f1' or 'f2' within 2 s; {} has {}"
+        with pytest.raises(TimeoutError) as caught:
+            client.wait_for_edge(["f1", "f2"], timeout=2)
+        assert str(caught.value) == wanted.format(bridge.url, "none")
+        fake_edge("a").hear("topology")
+        fake_edge("b").hear("topology")
+        with pytest.raises(TimeoutError) as caught:
+            client.wait_for_edge(["f1", "f2"], timeout=2)
+        assert str(caught.value) == wanted.format(bridge.url, "a, b")
+    with BridgeClient(bridge.url, token="wrong") as client:
+        with pytest.raises(radical_edge.Unauthorized):
+            client.wait_for_edge("f1", timeout=20)
+
+
+def test_a_certificate_that_is_not_trusted_is_said_and_not_waited_for(tokens, certificate):
+    cert, key, pin = certificate
+    bridge = Bridge(port=0, tokens=tokens[0], cert=cert, key=key).start()
+    wrong = "sha256:" + "0" * 64
+    try:
+        with BridgeClient(bridge.url, cert=wrong) as client:
+            for begin in (lambda: client.wait_for_edge("f1"),
+                          lambda: client.register_topology_callback(print),
+                          lambda: next(radical_edge.events(url=bridge.url, cert=wrong))):
+                with pytest.raises(radical_edge.Unavailable, match="is not trusted"):
+                    begin()
+        with BridgeClient(bridge.url, cert=pin) as client, pytest.raises(TimeoutError):
+            client.wait_for_edge("f1", timeout=0.1)
+    finally:
+        assert bridge.stop()
+
+
+def test_waiting_ends_in_time_at_a_bridge_that_is_silent():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with BridgeClient(f"http://127.0.0.1:{silent.getsockname()[1]}", token="t") as client:
+            begin = time.monotonic()
+            with pytest.raises(TimeoutError, match="has not answered"):
+                client.wait_for_edge("f1", timeout=0.3)
+            assert time.monotonic() - begin < 10
 
 
 def test_a_stream_that_is_refused_raises(bridge):

@@ -308,6 +308,8 @@ def test_our_client_classes_run_a_job_on_their_edge(old, client):
     assert (final[0]["job_id"], final[0]["exit_code"]) == (job["job_id"], 3)
     assert psij.get_job_status(job["job_id"])["stdout"] == "out\n"
     assert [item["job_id"] for item in psij.list_jobs()["jobs"]] == [job["job_id"]]
+    with pytest.raises(radical_edge.NotFound):     # of which the page makes a form
+        psij.get_job_spec(job["job_id"])
     job = psij.submit_job({"executable": "/bin/sleep", "arguments": ["100"]})
     assert psij.cancel_job(job["job_id"])["status"] == "canceled"
     wait_until(lambda: psij.get_job_status(job["job_id"])["state"] == "CANCELED", 30)
@@ -602,6 +604,9 @@ def test_our_client_classes_and_functions_work_at_their_bridge(their_bridge, our
     assert "psij" in radical_edge.list_plugins(ours.name, **options)
     assert radical_edge.call(ours.name, "echo", "json", {"a": 1}, **options) == {"got": {"a": 1}}
     with BridgeClient(their_bridge.url, cert=their_bridge.cert) as client:
+        assert client.wait_for_edge(["none", ours.name], timeout=20) == ours.name
+        with pytest.raises(TimeoutError, match=f"has .*{ours.name}"):
+            client.wait_for_edge("none", timeout=2)
         topologies, states = [], []
         client.register_topology_callback(topologies.append)
         wait_until(lambda: any(ours.name in edges for edges in topologies))
