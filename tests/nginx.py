@@ -1,12 +1,14 @@
-"""nginx in front of a bridge, with the bridge under /prefix/, as the README says."""
+"""nginx in front of a bridge, with what README.md shows as its configuration."""
 from __future__ import annotations
 
 import contextlib
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -20,22 +22,24 @@ http {
     access_log %(folder)s/access.log;
     client_body_temp_path %(folder)s/body; proxy_temp_path %(folder)s/proxy;
     fastcgi_temp_path %(folder)s/f; uwsgi_temp_path %(folder)s/u; scgi_temp_path %(folder)s/s;
-    upstream bridge { server 127.0.0.1:%(bridge)d; keepalive 8; }
-    map $http_upgrade $connection_upgrade { default upgrade; '' ''; }
-    server {
-        listen 127.0.0.1:%(port)d;
-        client_max_body_size 0;
-        location /prefix/ {
-            proxy_pass http://bridge/;
-            proxy_http_version 1.1;
-            proxy_set_header Host $host;
-            proxy_set_header Connection $connection_upgrade;
-            proxy_set_header Upgrade $http_upgrade;
-            proxy_buffering off; proxy_request_buffering off; proxy_read_timeout 3600s;
-        }
-    }
+    %(http)s
 }
 """
+# what README.md shows, in place of which the tests have ports and files of their own
+SHOWN = {"port": "listen 443 ssl;", "bridge": "server 127.0.0.1:8000;", "path": "location /edge/ {",
+         "cert": "ssl_certificate /etc/ssl/certs/www.example.org.pem;",
+         "key": "ssl_certificate_key /etc/ssl/private/www.example.org.pem;"}
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+def read_shown(**used):
+    """Return the block of README.md for nginx, with what is `used` in place of what is SHOWN."""
+    (block,) = re.findall(r"^```nginx\n(.*?)^```", README.read_text(encoding="utf-8"),
+                          re.DOTALL | re.MULTILINE)
+    for name, text in used.items():
+        assert block.count(SHOWN[name]) == 1, f"README.md: {SHOWN[name]}"
+        block = block.replace(SHOWN[name], text)
+    return block
 
 
 def pick_port():
@@ -51,12 +55,19 @@ def pick_port():
 
 
 @contextlib.contextmanager
-def run_nginx(folder, port, bridge_port):
-    """Run nginx at a port, with its files in a new folder."""
+def run_nginx(folder, port, bridge_port, *, certificate=None):
+    """Run nginx at a port, as README.md says, with its files in a new folder.
+
+    certificate: its file and its key's. Without it there is no TLS, and the path is /prefix/.
+    """
     needs("security", os.path.exists(NGINX), "nginx: run tests/setup-security.sh")
+    used = {"cert": f"ssl_certificate {certificate[0]};",
+            "key": f"ssl_certificate_key {certificate[1]};"} if certificate else \
+        {"cert": "", "key": "", "path": "location /prefix/ {"}
+    http = read_shown(port=f"listen 127.0.0.1:{port}{' ssl' if certificate else ''};",
+                      bridge=f"server 127.0.0.1:{bridge_port};", **used)
     folder.mkdir()
-    (folder / "nginx.conf").write_text(CONFIG % {"folder": folder, "port": port,
-                                                 "bridge": bridge_port})
+    (folder / "nginx.conf").write_text(CONFIG % {"folder": folder, "http": http})
     process = subprocess.Popen([NGINX, "-p", str(folder), "-c", str(folder / "nginx.conf")],
                                stderr=subprocess.PIPE)
 
