@@ -2980,6 +2980,10 @@ class Tunnels:
                     "pid": None, "error": None, "job_id": None}
         return record.describe()
 
+    def has_started(self, job_id: str) -> bool:
+        """Whether a job is an edge that this one has started."""
+        return any(record.job_id == job_id for record in self._records.values())
+
     def on_topology(self, names: Iterable[str]) -> None:
         """Take notice of which edges are connected."""
         self._online = set(names)
@@ -4987,9 +4991,12 @@ class PSIJSession(PluginSession):
     async def get_job_spec(self, job_id: str) -> Dict[str, Any]:
         """Return {"job_spec", "executor"}, as submit takes them, to submit the job once more.
 
-        Apart from the status, which is asked for often: the environment may hold secrets.
+        Apart from the status, which is asked for often: the environment may hold secrets. Raises
+        Conflict for an edge, which needs more than its job.
         """
         job = self._find(job_id)
+        if self._plugin.tunnels.has_started(job_id):
+            raise Conflict("this job is an edge: start it anew with submit_tunneled")
         return {"job_spec": job.spec, "executor": job.executor}
 
     async def list_jobs(self) -> Dict[str, Any]:

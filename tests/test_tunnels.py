@@ -248,6 +248,14 @@ def test_an_edge_name_has_one_watcher_and_is_free_again_at_the_end(psij, sleeper
     wait_until(lambda: submit_child(psij, sleeper, "none")[0] == 200, 20)
 
 
+def test_an_edge_is_not_told_as_a_job_that_could_be_submitted_without_its_tunnel(psij, sleeper):
+    job_id = submit_child(psij, sleeper, "none")[1]["job_id"]
+    for _ in range(2):
+        status, answer = psij.get(f"job_spec/{psij.sid}/{job_id}")
+        assert status == 409 and "submit_tunneled" in answer["detail"]
+        psij.restart()
+
+
 def test_the_same_submission_sent_again_starts_no_second_child(psij, sleeper):
     body = {"job_spec": sleeper, "tunnel": False}
     session = psij.host._hosted["psij"].plugin._sessions[psij.sid].session
