@@ -193,6 +193,7 @@ TOPOLOGY_S = 0.05              # changes within so long are told in one message
 ANSWER_LOG_S = 0.005           # a line for an answer is written so late, and delays no request
 SWEEP_S = 0.25                 # deadlines are looked at so often
 RELOAD_S = 1.0                 # token files are looked at so often
+TOKENS_LOCK_S = 10.0           # who changes a token file waits so long for others that do
 LOGIN_FAILURES = 10            # wrong tokens an address has, per LOGIN_WINDOW_S
 LOGIN_WINDOW_S = 60.0
 SIGNATURE_S = 300.0            # a client's signature is good so long; clocks may differ so much
@@ -2481,6 +2482,136 @@ def read_private(path: Path) -> Optional[str]:
     return text.strip()
 
 
+class LockFile:
+    """A file that one process alone can have, in a way that is safe on NFS: no advisory locks.
+
+    It is made by link(), which either succeeds or does not, and names its owner. On this host the
+    owner's process tells whether it lives; on another one, whether the file was touched of late.
+    """
+
+    STALE_S = 30.0             # without a touch, the owner on another host is taken for dead
+    POLL_S = 0.02
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._owner = {"host": socket.gethostname(), "pid": os.getpid(),
+                       "started": process_start(os.getpid()), "key": secrets.token_hex(8)}
+        self._text = encode_json(self._owner)
+
+    def take(self, seconds: float = 0.0) -> Optional[str]:
+        """Take the file; return None, or who still has it after so long. Blocks."""
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        deadline = time.monotonic() + seconds
+        while True:
+            holder = self._take_now()
+            if holder is None or time.monotonic() >= deadline:
+                return holder
+            time.sleep(random.uniform(0.5, 1.5) * self.POLL_S)   # who waits takes turns
+
+    def give_back(self) -> None:
+        """Let others have it, unless one has it by now."""
+        if self._read() == self._text:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+
+    def _take_now(self) -> Optional[str]:
+        for _ in range(3):                        # again when a stale one was cleared away
+            if self._try_to_make():
+                return None
+            holder = self._clear_stale()
+            if holder is not None:
+                return holder
+        return "another process, as of this moment"
+
+    def _try_to_make(self) -> bool:
+        temporary = self._path.with_name(f".{self._path.name}.{self._owner['key']}")
+        try:
+            temporary.write_text(self._text, encoding="utf-8")
+            try:
+                os.link(temporary, self._path)
+                return True
+            except FileExistsError:               # ours, when NFS has lost the first answer
+                return self._read() == self._text
+            except OSError:                       # a file system without hard links
+                return self._try_to_create()
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+    def _try_to_create(self) -> bool:
+        try:
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return False
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(self._text)
+        return True
+
+    def _clear_stale(self) -> Optional[str]:
+        """Remove the file of a process that is gone; return who has it when it is not."""
+        text = self._read()
+        if text is None:
+            return None
+        try:
+            owner = json.loads(text)
+            host, pid, started = str(owner["host"]), int(owner["pid"]), int(owner["started"])
+        except (ValueError, KeyError, TypeError):
+            host, pid, started = "", 0, 0         # half written, by what was killed: age decides
+        if not self._is_dead(host, pid, started):
+            return f"process {pid} on {host or '?'}"
+        # whoever renames it away has cleared it; if it was a new one by now, it is put back
+        taken = self._path.with_name(f".{self._path.name}.stale.{self._owner['key']}")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self._path, taken)
+            if taken.read_text(encoding="utf-8", errors="replace") != text:
+                with contextlib.suppress(OSError):
+                    os.link(taken, self._path)
+            os.unlink(taken)
+        return None
+
+    def _is_dead(self, host: str, pid: int, started: int) -> bool:
+        if host != self._owner["host"]:
+            return self._age() > self.STALE_S
+        return process_start(pid) != started
+
+    def _age(self) -> float:
+        """Return the seconds since the file was touched, by the clock of the file's server."""
+        probe = self._path.with_name(f".{self._path.name}.now.{self._owner['key']}")
+        try:
+            probe.touch()
+            return os.stat(probe).st_mtime - os.stat(self._path).st_mtime
+        except OSError:
+            return 0.0
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(probe)
+
+    def _read(self) -> Optional[str]:
+        try:
+            return self._path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+
+
+def process_start(pid: int) -> int:
+    """Return when a process was started, in clock ticks; 0 when it is gone, 1 if it can't be known.
+
+    With the pid it names a process for good: pids are used again.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return int(file.read().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        pass
+    if os.path.isdir("/proc/self"):
+        return 0
+    try:                                          # a system without /proc
+        os.kill(pid, 0)
+        return 1
+    except OSError:
+        return 0
+
+
 def _digest(token: str) -> str:
     # tokens are 256 random bits, so a plain hash cannot be searched; no salt, no stretching
     return hashlib.sha256(token.encode(errors="surrogatepass")).hexdigest()
@@ -2521,8 +2652,9 @@ class TokenStore:
 
     path: a JSON file {"tokens": [{"name", "scope", "hash", "created", "expires", "edges"}]}.
     find() may be called by any thread. refresh() notices changes on disk, so that a token is
-    revoked without a restart. `table` is what it looks at, {prefix of a hash: [(hash, identity)]}:
-    another object once any token was added or revoked.
+    revoked without a restart. Who changes the file has a LockFile beside it; who reads it needs
+    none, for the file is replaced as a whole. `table` is what find() looks at, {prefix of a hash:
+    [(hash, identity)]}: another object once any token was added or revoked.
     """
 
     def __init__(self, path: Path) -> None:
@@ -2580,34 +2712,61 @@ class TokenStore:
         """Make a token, store its hash, and return the token, which is told only this once.
 
         expires: seconds since the epoch, None for never. edges: a pattern such as "hpc*".
-        Raises Unprocessable for a bad name or scope, Conflict for a name that is taken.
+        Raises Unprocessable for a bad name or scope, Conflict for a name that is taken, or when
+        another process does not let go of the file. Blocks.
         """
         if not is_valid_name(name):
             raise Unprocessable(f"name: {name!r} is not 1 to 64 letters, digits, '.', '_' or '-'")
         if scope not in [item.value for item in Scope]:
             raise Unprocessable(f"scope: {scope!r} is not admin, client, read or edge")
-        self.refresh()
-        if any(record["name"] == name for record in self._records):
-            raise Conflict(f"there is a token named {name!r}: revoke it, or take another name")
         token = secrets.token_urlsafe(32)
-        record = {"name": name, "scope": scope, "hash": _digest(token), "edges": edges,
-                  "created": int(time.time()), "expires": expires}
-        self._write(self._records + [record])
+        with self._changing():
+            if any(record["name"] == name for record in self._records):
+                raise Conflict(f"there is a token named {name!r}: revoke it, or take another name")
+            self._append(token, name, scope, expires, edges)
         return token
 
+    def add_first(self, name: str, keep: Callable[[str], None]) -> bool:
+        """Make an admin's token and let keep() write it down, if there is none; return whether.
+
+        Its hash is stored last, so that a full disk leaves no token that nobody knows.
+        """
+        token = secrets.token_urlsafe(32)
+        with self._changing():
+            if self._records:                     # another bridge was faster
+                return False
+            keep(token)
+            self._append(token, name, "admin", None, "*")
+        return True
+
     def revoke(self, name: str) -> None:
-        """Forget the token with this name. Raises NotFound."""
-        self.refresh()
-        kept = [record for record in self._records if record["name"] != name]
-        if len(kept) == len(self._records):
-            raise NotFound(f"there is no token named {name!r}: see --token list")
-        self._write(kept)
+        """Forget the token with this name. Raises NotFound, and Conflict as add() does. Blocks."""
+        with self._changing():
+            kept = [record for record in self._records if record["name"] != name]
+            if len(kept) == len(self._records):
+                raise NotFound(f"there is no token named {name!r}: see --token list")
+            self._write(kept)
 
     def list(self) -> List[Dict[str, Any]]:
         """Return {"name", "scope", "edges", "created", "expires"} of each token in the file."""
         self.refresh()
         return [{key: record.get(key) for key in ("name", "scope", "edges", "created", "expires")}
                 for record in self._records]
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Keep others from changing the file meanwhile, and begin with what it says now."""
+        lock = LockFile(self._path.with_name(f"{self._path.name}.lock"))
+        holder = lock.take(TOKENS_LOCK_S)
+        if holder is not None:
+            raise Conflict(f"{self._path} is being changed by {holder}: try again when that is "
+                           f"done; if it hangs, end it, and remove {self._path}.lock")
+        try:
+            self._stamp = (-1,)                   # on NFS, only opening a file tells what is new
+            self.refresh()
+            yield
+        finally:
+            lock.give_back()
 
     def _find_child(self, token: str) -> Optional[Identity]:
         """Return who a token of make_child_token() is: its maker, for registering that edge."""
@@ -2651,6 +2810,12 @@ class TokenStore:
                 not isinstance(record.get("expires") or 0, (int, float)) or \
                 not isinstance(record.get("edges") or "*", str):
             raise ValueError(record["name"])
+
+    def _append(self, token: str, name: str, scope: str, expires: Optional[float], edges: str
+                ) -> None:
+        self._write([*self._records, {"name": name, "scope": scope, "hash": _digest(token),
+                                      "edges": edges, "created": int(time.time()),
+                                      "expires": expires}])
 
     def _write(self, records: List[Dict[str, Any]]) -> None:
         write_private(self._path, json.dumps({"tokens": records}, indent=1) + "\n")
@@ -3603,122 +3768,46 @@ class AuditLog(_Writer):
         return json.dumps(entry, default=str) + "\n"
 
 
-class StateLock:
-    """Keeps a state directory to one process, in a way that is safe on NFS: no advisory locks.
+class StateLock(LockFile):
+    """Keeps a state directory to one process, by a file `lock` whose owner touches it every BEAT_S.
 
-    The file `lock` is made by link(), which either succeeds or does not, and names its owner, who
-    touches it every BEAT_S. On this host the owner's process tells whether it lives; on another
-    one, whether the file is still being touched. A stopped process (SIGSTOP) of this host is
-    killed: were it to go on later, two would write. An owner whose lock was taken finds out at its
-    next touch, and calls `on_lost`.
+    A stopped process (SIGSTOP) of this host is killed: were it to go on later, two would write. An
+    owner whose lock was taken finds out at its next touch, and calls `on_lost`.
     """
 
     BEAT_S = 5.0
-    STALE_S = 30.0             # without a touch, the owner on another host is taken for dead
 
     def __init__(self, folder: Path, on_lost: Callable[[], None]) -> None:
-        self._path, self._on_lost = folder / "lock", on_lost
-        self._owner = {"host": socket.gethostname(), "pid": os.getpid(),
-                       "started": process_start(os.getpid()), "key": secrets.token_hex(8)}
-        self._text = encode_json(self._owner)
+        super().__init__(folder / "lock")
+        self._on_lost = on_lost
         self._ended = threading.Event()
         self._thread: Optional[threading.Thread] = None
 
     def acquire(self) -> None:
         """Take the lock. Blocks. Raises Conflict when another process has the directory."""
-        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for _ in range(3):                        # again when a stale one was cleared away
-            if self._try_to_make():
-                self._thread = threading.Thread(target=self._beat, name="state-lock", daemon=True)
-                self._thread.start()
-                return
-            self._clear_stale()
-        raise Conflict(f"{self._path.parent} is being taken by another process at this moment")
+        holder = self.take()
+        if holder is not None:
+            raise Conflict(f"{self._path.parent} belongs to {holder}: end that one, or take "
+                           "another --name or --state")
+        self._thread = threading.Thread(target=self._beat, name="state-lock", daemon=True)
+        self._thread.start()
 
     def release(self) -> None:
         """Give the directory back."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join(STOP_S)
-            if self._read() == self._text:
-                with contextlib.suppress(OSError):
-                    os.unlink(self._path)
-
-    def _try_to_make(self) -> bool:
-        temporary = self._path.with_name(f".lock.{self._owner['key']}")
-        try:
-            temporary.write_text(self._text, encoding="utf-8")
-            try:
-                os.link(temporary, self._path)
-                return True
-            except FileExistsError:
-                return False
-            except OSError:                       # a file system without hard links
-                return self._try_to_create()
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-
-    def _try_to_create(self) -> bool:
-        try:
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            return False
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(self._text)
-        return True
-
-    def _clear_stale(self) -> None:
-        """Remove the lock of a process that is gone. Raises Conflict when it is not."""
-        text = self._read()
-        if text is None:
-            return
-        try:
-            owner = json.loads(text)
-            host, pid, started = str(owner["host"]), int(owner["pid"]), int(owner["started"])
-        except (ValueError, KeyError, TypeError):
-            host, pid, started = "", 0, 0         # half written, by what was killed: age decides
-        if not self._is_dead(host, pid, started):
-            raise Conflict(f"{self._path.parent} belongs to process {pid} on {host or '?'}: end "
-                           "that one, or take another --name or --state")
-        # whoever renames it away has cleared it; if it was a new one by now, it is put back
-        taken = self._path.with_name(f".lock.stale.{self._owner['key']}")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self._path, taken)
-            if taken.read_text(encoding="utf-8", errors="replace") != text:
-                with contextlib.suppress(OSError):
-                    os.link(taken, self._path)
-            os.unlink(taken)
+            self.give_back()
 
     def _is_dead(self, host: str, pid: int, started: int) -> bool:
-        if host != self._owner["host"]:
-            return self._age() > self.STALE_S
-        if process_start(pid) != started:
+        if super()._is_dead(host, pid, started):
             return True
-        if not is_stopped(pid):
+        if host != self._owner["host"] or not is_stopped(pid):
             return False
         state_log.warning("%s belonged to process %d, which is stopped: it is killed", self._path,
                           pid)
         os.kill(pid, signal.SIGKILL)
         return True
-
-    def _age(self) -> float:
-        """Return the seconds since the lock was touched, by the clock of the file's server."""
-        probe = self._path.with_name(f".lock.now.{self._owner['key']}")
-        try:
-            probe.touch()
-            return os.stat(probe).st_mtime - os.stat(self._path).st_mtime
-        except OSError:
-            return 0.0
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(probe)
-
-    def _read(self) -> Optional[str]:
-        try:
-            return self._path.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return None
 
     def _beat(self) -> None:
         while not self._ended.wait(self.BEAT_S):
@@ -3729,25 +3818,6 @@ class StateLock:
                 return
             with contextlib.suppress(OSError):    # a disk that is away may come back
                 os.utime(self._path)
-
-
-def process_start(pid: int) -> int:
-    """Return when a process was started, in clock ticks; 0 when it is gone, 1 if it can't be known.
-
-    With the pid it names a process for good: pids are used again.
-    """
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return int(file.read().rpartition(")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        pass
-    if os.path.isdir("/proc/self"):
-        return 0
-    try:                                          # a system without /proc
-        os.kill(pid, 0)
-        return 1
-    except OSError:
-        return 0
 
 
 def is_stopped(pid: int) -> bool:
@@ -11155,8 +11225,8 @@ def _open_tokens(given: Optional[str]) -> TokenStore:
         store.add_fixed("environment", given)
     elif not store.list():
         path = home_dir() / "token"
-        write_private(path, store.add("default", "admin") + "\n")
-        print(f"bridge: made a first token, in {path}", flush=True)
+        if store.add_first("default", lambda token: write_private(path, token + "\n")):
+            print(f"bridge: made a first token, in {path}", flush=True)
     return store
 
 

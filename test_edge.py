@@ -3014,6 +3014,76 @@ def test_a_token_is_added_listed_revoked_and_expires(home):
             mistake()
 
 
+def test_tokens_that_processes_add_and_revoke_in_the_same_instant_are_all_taken_notice_of(home):
+    path, racers = home / "t.json", 6
+    TokenStore(path).add("keeper")
+    program = ("import sys, radical_edge, pathlib\n"
+               "store = radical_edge.TokenStore(pathlib.Path(sys.argv[1]))\n"
+               "print(flush=True); sys.stdin.readline()\n"
+               "for number in range(8):\n"
+               "    store.add(f'{sys.argv[2]}-{number}')\n"
+               "    if number % 2: store.revoke(f'{sys.argv[2]}-{number}')\n")
+    begun = [subprocess.Popen([sys.executable, "-c", program, str(path), f"p{number}"], cwd=ROOT,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+             for number in range(racers)]
+    for racer in begun:
+        racer.stdout.readline()
+    for racer in begun:
+        racer.stdin.write("\n")
+        racer.stdin.flush()
+    for racer in begun:
+        racer.communicate(timeout=60)
+        assert racer.returncode == 0
+    assert sorted(record["name"] for record in TokenStore(path).list()) == sorted(
+        ["keeper", *(f"p{racer}-{number}" for racer in range(racers) for number in range(0, 8, 2))])
+    assert list(home.iterdir()) == [path]
+
+
+def test_a_token_file_that_somebody_else_is_changing_is_read_and_not_changed(home, monkeypatch):
+    monkeypatch.setattr(radical_edge, "TOKENS_LOCK_S", 0.2)
+    store = TokenStore(home / "t.json")
+    token = store.add("bob")
+    other = radical_edge.LockFile(home / "t.json.lock")
+    assert other.take() is None
+    for change in (lambda: store.add("eve"), lambda: store.revoke("bob")):
+        with pytest.raises(radical_edge.Conflict, match=f"process {os.getpid()} .*t.json.lock"):
+            change()
+    assert TokenStore(home / "t.json").find(token).name == "bob"
+    other.give_back()
+    store.revoke("bob")
+
+
+def test_who_waits_to_change_tokens_sees_what_was_changed_meanwhile(home):
+    store, other = TokenStore(home / "t.json"), TokenStore(home / "t.json")
+    lock, made = radical_edge.LockFile(home / "t.json.lock"), []
+    assert lock.take() is None
+    waiting = threading.Thread(target=lambda: made.append(other.add("late")))
+    waiting.start()
+    store._write([{"name": "early", "scope": "read", "hash": "00" * 32}])    # as the lock's owner
+    lock.give_back()
+    waiting.join(30)
+    assert made and [record["name"] for record in store.list()] == ["early", "late"]
+
+
+def test_of_two_bridges_that_start_first_one_makes_a_token_and_a_full_disk_leaves_none(home):
+    first, second = TokenStore(home / "t.json"), TokenStore(home / "t.json")
+
+    def fail(token):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        first.add_first("default", fail)
+    kept = []
+    assert first.add_first("default", kept.append) and not second.add_first("default", fail)
+    assert second.find(kept[0]) == ("default", "admin", "*", None) and len(second.list()) == 1
+
+
+def test_a_process_that_was_killed_while_it_changed_tokens_holds_up_nobody(home):
+    (home / "t.json.lock").write_text(owner(pid=2 ** 22 + 1))
+    TokenStore(home / "t.json").add("bob")
+    assert list(home.iterdir()) == [home / "t.json"]
+
+
 def test_a_token_file_that_others_can_read_or_that_is_damaged_is_refused(home):
     path = home / "t.json"
     TokenStore(path).add("bob")
