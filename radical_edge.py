@@ -2482,6 +2482,21 @@ def read_private(path: Path) -> Optional[str]:
     return text.strip()
 
 
+@contextlib.contextmanager
+def must_write(path: Path, otherwise: str) -> Iterator[None]:
+    """Make of an OSError, as of a full disk, an InsufficientStorage that says what to do.
+
+    otherwise: what helps where the place cannot be made writable.
+    """
+    try:
+        yield
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise InsufficientStorage(
+            f"{path} cannot be written ({error.strerror or error}): make "
+            f"{'room there' if is_full else 'it writable'}, or {otherwise}") from None
+
+
 class LockFile:
     """A file that one process alone can have, in a way that is safe on NFS: no advisory locks.
 
@@ -2543,8 +2558,12 @@ class LockFile:
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(self._text)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(self._text)
+        except OSError:                           # a full disk: half a lock would be nobody's
+            os.unlink(self._path)
+            raise
         return True
 
     def _clear_stale(self) -> Optional[str]:
@@ -2712,8 +2731,8 @@ class TokenStore:
         """Make a token, store its hash, and return the token, which is told only this once.
 
         expires: seconds since the epoch, None for never. edges: a pattern such as "hpc*".
-        Raises Unprocessable for a bad name or scope, Conflict for a name that is taken, or when
-        another process does not let go of the file. Blocks.
+        Raises Unprocessable for a bad name or scope, Conflict for a name that is taken or when
+        another process does not let go of the file, InsufficientStorage. Blocks.
         """
         if not is_valid_name(name):
             raise Unprocessable(f"name: {name!r} is not 1 to 64 letters, digits, '.', '_' or '-'")
@@ -2757,16 +2776,17 @@ class TokenStore:
     def _changing(self) -> Iterator[None]:
         """Keep others from changing the file meanwhile, and begin with what it says now."""
         lock = LockFile(self._path.with_name(f"{self._path.name}.lock"))
-        holder = lock.take(TOKENS_LOCK_S)
-        if holder is not None:
-            raise Conflict(f"{self._path} is being changed by {holder}: try again when that is "
-                           f"done; if it hangs, end it, and remove {self._path}.lock")
-        try:
-            self._stamp = (-1,)                   # on NFS, only opening a file tells what is new
-            self.refresh()
-            yield
-        finally:
-            lock.give_back()
+        with must_write(self._path, "give a bridge its one token in RADICAL_BRIDGE_TOKEN"):
+            holder = lock.take(TOKENS_LOCK_S)
+            if holder is not None:
+                raise Conflict(f"{self._path} is being changed by {holder}: try again when that is "
+                               f"done; if it hangs, end it, and remove {self._path}.lock")
+            try:
+                self._stamp = (-1,)               # on NFS, only opening a file tells what is new
+                self.refresh()
+                yield
+            finally:
+                lock.give_back()
 
     def _find_child(self, token: str) -> Optional[Identity]:
         """Return who a token of make_child_token() is: its maker, for registering that edge."""
@@ -3634,6 +3654,7 @@ class Journal(_Writer):
 
     def _open_segment(self, number: int) -> None:
         path = self._folder / f"{number:020d}.log"
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)      # it was full at the start
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         if self._descriptor >= 0:
             os.close(self._descriptor)
@@ -3768,6 +3789,9 @@ class AuditLog(_Writer):
         return json.dumps(entry, default=str) + "\n"
 
 
+OTHER_STATE = "keep the state elsewhere with --state DIR"
+
+
 class StateLock(LockFile):
     """Keeps a state directory to one process, by a file `lock` whose owner touches it every BEAT_S.
 
@@ -3784,8 +3808,13 @@ class StateLock(LockFile):
         self._thread: Optional[threading.Thread] = None
 
     def acquire(self) -> None:
-        """Take the lock. Blocks. Raises Conflict when another process has the directory."""
-        holder = self.take()
+        """Take the lock. Blocks.
+
+        Raises Conflict when another process has the directory, InsufficientStorage when it cannot
+        be written: what a process begins without it would be lost, and perhaps run twice.
+        """
+        with must_write(self._path.parent, OTHER_STATE):
+            holder = self.take()
         if holder is not None:
             raise Conflict(f"{self._path.parent} belongs to {holder}: end that one, or take "
                            "another --name or --state")
@@ -7189,15 +7218,17 @@ class Edge:
     def start(self) -> "Edge":
         """Load the plugins, connect in the background, and return self.
 
-        Raises Conflict when another process has the state directory.
+        Raises Conflict when another process has the state directory, InsufficientStorage when it
+        cannot be written.
         """
         try:
             names = select_plugins(self._wanted)
             self._lock.acquire()
+            self._instance = self._read_instance()
         except BaseException:
+            self._lock.release()
             self._transport.stop()
             raise
-        self._instance = self._read_instance()
         self.journal.open()
         self._once.open()
         self.audit.open()
@@ -7319,7 +7350,8 @@ class Edge:
         instance = read_private(path)
         if not instance:
             instance = secrets.token_hex(16)
-            write_private(path, instance + "\n")
+            with must_write(self._state_dir, OTHER_STATE):
+                write_private(path, instance + "\n")
         return instance
 
     def _notify(self, plugin_name: str, topic: str, data: Any) -> Optional[WhenSafe]:
@@ -9631,7 +9663,8 @@ class Bridge:
     def start(self) -> "Bridge":
         """Serve in the background; return self.
 
-        Raises Conflict when another process has the state directory.
+        Raises Conflict when another process has the state directory, InsufficientStorage when it
+        cannot be written.
         """
         try:
             names = select_plugins(self._wanted) if self._wanted else []
@@ -11112,7 +11145,8 @@ class _Detached:
 
     def __init__(self, folder: Path) -> None:
         self._pid_file, self._log = folder / "pid", folder / "log"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with must_write(folder, OTHER_STATE):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         reader, self._writer = os.pipe()
         if os.fork():
             os.close(self._writer)
@@ -11126,25 +11160,35 @@ class _Detached:
 
     def on_up(self) -> None:
         """Write the process id, and from now on to the log alone; let the first process end."""
-        write_private(self._pid_file, f"{os.getpid()}\n")
+        with must_write(self._log.parent, OTHER_STATE):
+            write_private(self._pid_file, f"{os.getpid()}\n")
+            descriptor = self._open_log()
         print(f"detached: process {os.getpid()}, {self._log}", flush=True)
-        self.reopen_log()
+        self._write_to(descriptor)
         os.write(self._writer, b"1")
         os.close(self._writer)
 
     def reopen_log(self) -> None:
         """Go on in a new file when somebody has renamed the old one, as log rotation does."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        descriptor = os.open(self._log, flags, 0o600)
-        for standard in (1, 2):
-            os.dup2(descriptor, standard)
-        os.close(descriptor)
+        try:
+            self._write_to(self._open_log())
+        except OSError as error:
+            log.error("%s cannot be opened, and the old file is written on: %s", self._log, error)
 
     def on_end(self) -> None:
         """Remove the file with the process id, if it is ours."""
         with contextlib.suppress(EdgeError, OSError):
             if read_private(self._pid_file) == str(os.getpid()):
                 os.unlink(self._pid_file)
+
+    def _open_log(self) -> int:
+        return os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    @staticmethod
+    def _write_to(descriptor: int) -> None:
+        for standard in (1, 2):
+            os.dup2(descriptor, standard)
+        os.close(descriptor)
 
 
 def _end_process(status: int) -> None:
@@ -11190,7 +11234,11 @@ def _start_bridge(options: argparse.Namespace, token: Optional[str], done: _Endi
 
     def write_url() -> None:
         pin = _pin_of(cert) if cert else ""
-        write_private(home_dir() / "url", f"{bridge.url}\n{pin}\n")
+        try:
+            write_private(home_dir() / "url", f"{bridge.url}\n{pin}\n")
+        except OSError as error:                  # it only spares others an option
+            bridge_log.warning("%s cannot be written (%s): clients of this machine need --url %s",
+                               home_dir() / "url", error.strerror, bridge.url)
 
     bridge = Bridge(host, options.port, tokens=tokens, cert=cert, key=key, plugins=wanted,
                     allow_hosts=options.allow_host, request_timeout=options.request_timeout,
@@ -11460,7 +11508,8 @@ def _run_token(options: argparse.Namespace) -> int:
         path = Path(options.client_key or home_dir() / "client.key").expanduser()
         if path.exists():
             raise Conflict(f"{path} is there already: give another file with --client-key")
-        write_private(path, make_signing_key(names[0]) + "\n")
+        with must_write(path, "give another file with --client-key"):
+            write_private(path, make_signing_key(names[0]) + "\n")
         print(f"{path}: a new key; clients sign with it, and an edge that has its line in the file "
               "of its --client-key lets nobody else change anything")
     else:
@@ -11486,8 +11535,9 @@ def _check_files(options: argparse.Namespace) -> str:
         found.append("a policy")
     folder = _state_dir(options, options.name or default_edge_name())
     probe = folder / f".check.{secrets.token_hex(4)}"
-    write_private(probe, "")
-    os.unlink(probe)
+    with must_write(folder, OTHER_STATE):
+        write_private(probe, "some bytes")
+        os.unlink(probe)
     return f"{folder} can be written; there is {', '.join(found) or 'nothing else'}"
 
 

@@ -3071,7 +3071,7 @@ def test_of_two_bridges_that_start_first_one_makes_a_token_and_a_full_disk_leave
     def fail(token):
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError):
+    with pytest.raises(EdgeError, match="No space left on device"):
         first.add_first("default", fail)
     kept = []
     assert first.add_first("default", kept.append) and not second.add_first("default", fail)
@@ -6188,6 +6188,148 @@ def test_tokens_on_the_command_line(home, start):
     ([], 2, "Radical Edge")])
 def test_wrong_usage_is_answered_in_a_line(arguments, status, words):
     assert words in run(*arguments, status=status)
+
+
+@contextlib.contextmanager
+def small_disk(folder):
+    """Give a folder a disk of its own, of 64 KiB; yield whether that is possible here."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    mounted = shutil.which("mount") and subprocess.run(mount, capture_output=True).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(folder, left=0):
+    """Write a file until its disk is full; then give so many bytes back."""
+    with open(folder / "filling", "wb", buffering=0) as file:
+        with contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        file.truncate(file.tell() - left)
+
+
+@contextlib.contextmanager
+def full_disk(folder):
+    """Leave no room in a folder; yield what the system says of it."""
+    with small_disk(folder) as mounted:
+        if mounted:
+            fill(folder)
+            yield "No space left on device"
+            return
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)       # nearly the same, for everybody
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        try:
+            yield "File too large"
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@contextlib.contextmanager
+def read_only_disk(folder):
+    """Let a folder be read and not written; yield what the system says of it."""
+    with small_disk(folder) as mounted:
+        if mounted:
+            subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+            yield "Read-only file system"
+            return
+        needs("system", os.geteuid() != 0, "to mount, or not to be root")
+        folder.chmod(0o500)
+        try:
+            yield "Permission denied"
+        finally:
+            folder.chmod(0o700)
+
+
+@pytest.mark.parametrize("disk", [full_disk, read_only_disk])
+@pytest.mark.parametrize("arguments, words", [
+    (["--edge", "--name", "e1", "--url", "http://127.0.0.1:1"], ["state/e1", "--state DIR"]),
+    (["--bridge", "--port", "0"], ["tokens.json", "RADICAL_BRIDGE_TOKEN"]),
+    (["--bridge", "--port", "0", "--no-auth"], ["state/bridge", "--state DIR"]),
+    (["--bridge", "--port", "0", "--no-auth", "--detach"], ["state/bridge", "--state DIR"]),
+    (["--token", "add", "bob"], ["tokens.json"]),
+    (["--token", "keygen", "bob"], ["client.key", "--client-key"])],
+    ids=lambda value: "" if "bob" not in value and "--edge" not in value else value[1])
+def test_what_cannot_be_written_at_the_start_is_said_in_a_line(home, disk, arguments, words):
+    with disk(home) as reason:
+        *before, line = run(*arguments, status=1).splitlines()
+    assert line.startswith("radical_edge: ") and f"cannot be written ({reason})" in line
+    assert all(word in line for word in words)
+    assert all("clients of this machine need --url" in warning for warning in before)
+
+
+@pytest.mark.parametrize("disk", [full_disk, read_only_disk])
+def test_check_says_that_state_cannot_be_written(home, disk):
+    with disk(home) as reason:
+        text = run("--check", "--name", "e1", "--url", "http://127.0.0.1:1", status=1)
+    assert f"files    FAILED: {home}" in text and f"cannot be written ({reason})" in text
+
+
+def test_a_home_that_cannot_be_written_is_no_matter_when_the_state_is_elsewhere(
+        home, start, tmp_path):
+    token = {"RADICAL_BRIDGE_TOKEN": "t" * 40}
+    with read_only_disk(home):
+        bridge = start("--bridge", "--port", "0", "--state", str(tmp_path / "b"), env=token,
+                       expect="bridge: http")
+        warning = wait_until(lambda: [line for line in bridge.errors if "need --url" in line])[0]
+        url = bridge_url(bridge)
+        assert str(home) in warning and url in warning
+        edge = start("--edge", "--name", "e1", "--url", url, "--state", str(tmp_path / "e"),
+                     env=token, expect="registered as e1")
+        assert "e1: " in run("--list", "--url", url, env=token)
+        for process in (edge, bridge):
+            assert process.end()[0] == 0
+            assert "Traceback" not in "".join(process.errors)
+
+
+@pytest.mark.parametrize("pages", [1, 2, 3, 5])
+def test_an_edge_on_a_disk_that_is_nearly_full_serves_or_says_why_not(home, start, tokens, pages,
+                                                                      bridge, tmp_path):
+    """Whichever of its files is the first without room."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    with small_disk(folder) as mounted:
+        needs("system", mounted, "to mount a file system")
+        fill(folder, left=pages * 4096)
+        edge = Process("--edge", "--name", "e1", "--url", bridge.url, "--state", str(folder / "e1"))
+        try:
+            wait_until(lambda: "e1" in bridge._registry.links or edge.process.poll() is not None)
+            if edge.process.poll() is None:
+                assert edge.end()[0] == 0
+            else:
+                assert edge.process.poll() == 1
+                assert "No space left on device" in edge.errors[-1] and "--state" in edge.errors[-1]
+                assert not (folder / "e1/lock").exists()
+        finally:
+            edge.end()
+    assert "Traceback" not in "\n".join(edge.errors)
+
+
+def test_a_lock_that_had_no_room_is_not_left_there_in_part(home, monkeypatch):
+    def link(*_):                                 # as on a file system that has none
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    with small_disk(home) as mounted:
+        needs("system", mounted, "to mount a file system")
+        fill(home, left=4096)                     # enough for the first of two files
+        with pytest.raises(radical_edge.InsufficientStorage, match="No space left"):
+            lock_in(home).acquire()
+        assert [path.name for path in home.iterdir()] == ["filling"]
+
+
+def test_a_journal_that_could_not_make_its_folder_makes_it_later(home, caplog):
+    with read_only_disk(home) as reason:
+        kept = radical_edge.Journal(home / "journal", max_records=10, max_bytes=10 ** 6)
+        kept.open()
+        written(kept, kept.append([], b"1").number)
+        assert kept.is_failing and reason in caplog.text
+    written(kept, kept.append([], b"2").number)
+    kept.close()
+    (path,) = (home / "journal").iterdir()
+    assert path.read_bytes().count(b"\n") == 2
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():

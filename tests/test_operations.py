@@ -104,6 +104,10 @@ def test_a_detached_bridge_has_its_files_and_ends_cleanly(home, tmp_path):
         wait_until(lambda: (folder / "log").exists())
         run("--list")
         wait_until(lambda: "POST /edge/list" in (folder / "log").read_text())
+        os.replace(folder / "log", folder / "log.2")
+        (folder / "log").mkdir()                  # cannot be opened for writing, by anybody
+        os.kill(pid, signal.SIGHUP)
+        wait_until(lambda: "the old file is written on" in (folder / "log.2").read_text())
         assert "belongs to process" in run("--bridge", "--port", "0", "--detach", status=1)
         assert (folder / "pid").read_text().strip() == str(pid)
     finally:
