@@ -2985,7 +2985,13 @@ class ConnectionLimit:
         return ipaddress.IPv6Address(address.partition("%")[0]).exploded[:19]
 
 
-COOKIE_NAME = "radical_edge"
+def cookie_name(host: str) -> str:
+    """Return the cookie's name at a bridge that browsers know by this Host.
+
+    Browsers keep cookies apart by path, but not by port (RFC 6265, section 8.5): the name does.
+    """
+    port = host[len(_without_port(host)) + 1:]
+    return f"radical_edge_{port}" if re.fullmatch("[0-9]{1,5}", port) else "radical_edge"
 
 
 def encode_cookie(name: str, token_hash: str, expires: int) -> str:
@@ -3031,7 +3037,7 @@ class Authenticator:
         self._check_host(head.host)
         if self._tokens is None:
             return ANYONE
-        cookie = parse_cookies(head.fields.get("cookie", "")).get(COOKIE_NAME)
+        cookie = parse_cookies(head.fields.get("cookie", "")).get(cookie_name(head.host))
         return self._check_cookie(cookie) if cookie else None
 
     @property
@@ -9286,10 +9292,15 @@ class _Routes:
                             headers={"Set-Cookie": self._cookie_field(exchange, "", 0)})
 
     def _cookie_field(self, exchange: Exchange, value: str, age: int) -> str:
-        """Return the field; the page's own origin tells when a proxy in front of us has the TLS."""
+        """Return the field; the page's own origin tells when a proxy in front of us has the TLS.
+
+        Without Path, a cookie is for where the page is (RFC 6265, section 5.1.4), which only the
+        browser knows: a proxy may have put other bridges beside us.
+        """
         page = exchange.head.fields.get("origin", self._registry.url)
         secure = "; Secure" if "https" in (self._registry.url[:5], page[:5]) else ""
-        return (f"{COOKIE_NAME}={value}; Path=/; Max-Age={age}; HttpOnly; SameSite=Strict{secure}")
+        return (f"{cookie_name(exchange.head.host)}={value}; Max-Age={age}; HttpOnly; "
+                f"SameSite=Strict{secure}")
 
     def _list_topology(self, _exchange: Exchange) -> Any:
         """List the edges and all that is known of their plugins."""

@@ -1,4 +1,4 @@
-"""nginx in front of a bridge, with what README.md shows as its configuration."""
+"""nginx in front of bridges, with what README.md shows as its configuration."""
 from __future__ import annotations
 
 import contextlib
@@ -26,19 +26,28 @@ http {
 }
 """
 # what README.md shows, in place of which the tests have ports and files of their own
-SHOWN = {"port": "listen 443 ssl;", "bridge": "server 127.0.0.1:8000;", "path": "location /edge/ {",
-         "cert": "ssl_certificate /etc/ssl/certs/www.example.org.pem;",
+SHOWN = {"port": "listen 443 ssl;", "cert": "ssl_certificate /etc/ssl/certs/www.example.org.pem;",
          "key": "ssl_certificate_key /etc/ssl/private/www.example.org.pem;"}
+UPSTREAM = "upstream bridge { server 127.0.0.1:8000;"
+LOCATION = re.compile(r"    location /edge/ \{\n +proxy_pass http://bridge/;\n.*?\n    \}\n", re.DOTALL)
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
-def read_shown(**used):
-    """Return the block of README.md for nginx, with what is `used` in place of what is SHOWN."""
+def read_shown(bridge_ports, **used):
+    """Return the block of README.md for nginx, with what is `used` in place of what is SHOWN.
+
+    bridge_ports: {prefix: port}; for each, there is what is shown for the bridge under /edge/.
+    """
     (block,) = re.findall(r"^```nginx\n(.*?)^```", README.read_text(encoding="utf-8"),
                           re.DOTALL | re.MULTILINE)
     for name, text in used.items():
         assert block.count(SHOWN[name]) == 1, f"README.md: {SHOWN[name]}"
         block = block.replace(SHOWN[name], text)
+    (location,), (upstream,) = LOCATION.findall(block), re.findall(f"{UPSTREAM}.*\n", block)
+    for part in (location, upstream):
+        made = (part.replace("/edge/", f"/{prefix}/").replace("bridge", f"bridge_{prefix}")
+                .replace(":8000", f":{port}") for prefix, port in bridge_ports.items())
+        block = block.replace(part, "".join(made))
     return block
 
 
@@ -55,17 +64,17 @@ def pick_port():
 
 
 @contextlib.contextmanager
-def run_nginx(folder, port, bridge_port, *, certificate=None):
+def run_nginx(folder, port, *, certificate=None, **bridge_ports):
     """Run nginx at a port, as README.md says, with its files in a new folder.
 
-    certificate: its file and its key's. Without it there is no TLS, and the path is /prefix/.
+    certificate: its file and its key's; without it there is no TLS. bridge_ports: {prefix: port}.
     """
     needs("security", os.path.exists(NGINX), "nginx: run tests/setup-security.sh")
     used = {"cert": f"ssl_certificate {certificate[0]};",
             "key": f"ssl_certificate_key {certificate[1]};"} if certificate else \
-        {"cert": "", "key": "", "path": "location /prefix/ {"}
-    http = read_shown(port=f"listen 127.0.0.1:{port}{' ssl' if certificate else ''};",
-                      bridge=f"server 127.0.0.1:{bridge_port};", **used)
+        {"cert": "", "key": ""}
+    http = read_shown(bridge_ports, **used,
+                      port=f"listen 127.0.0.1:{port}{' ssl' if certificate else ''};")
     folder.mkdir()
     (folder / "nginx.conf").write_text(CONFIG % {"folder": folder, "http": http})
     process = subprocess.Popen([NGINX, "-p", str(folder), "-c", str(folder / "nginx.conf")],

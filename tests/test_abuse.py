@@ -15,6 +15,7 @@ import socket
 import ssl
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -192,7 +193,8 @@ def test_a_page_of_another_site_changes_nothing_with_the_cookie(bridge, edge, ra
 def test_a_cookie_is_not_sent_by_other_sites_and_not_read_by_scripts(raw, tokens, bridge):
     reply = raw(None).request("POST", "/auth", json.dumps({"token": tokens[1]["admin"]}).encode())
     flags = {part.strip() for part in reply[1]["set-cookie"].split(";")[1:]}
-    assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= flags
+    # no Path: it is the page's own then, wherever a proxy has put that; and no Domain
+    assert {"HttpOnly", "SameSite=Strict", f"Max-Age={radical_edge.COOKIE_S}"} == flags
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1"])
@@ -455,7 +457,7 @@ async def _flush(bridge):
 def nginx(bridge, tmp_path):
     """Return the port of an nginx that has the bridge under /prefix/, as the README says."""
     port = pick_port()
-    with run_nginx(tmp_path / "nginx", port, bridge._listener.server_address[1]):
+    with run_nginx(tmp_path / "nginx", port, prefix=bridge._listener.server_address[1]):
         yield port
 
 
@@ -503,6 +505,50 @@ def test_an_edge_events_and_bodies_work_through_nginx(nginx, bridge, tokens, raw
             assert client.http.post("/n1/echo/echo", content=body).content == body
     finally:
         assert edge.stop()
+
+
+@pytest.mark.parametrize("where", ["paths", "ports"])
+def test_who_signs_in_to_two_bridges_of_one_host_is_signed_in_to_both(home, tmp_path, where):
+    bridges, tokens = [], []
+    for name in ("a", "b"):
+        store = radical_edge.TokenStore(tmp_path / f"{name}.json")
+        tokens.append(store.add(f"of-{name}", "client"))
+        bridges.append(radical_edge.Bridge(port=0, tokens=store, state_dir=tmp_path / name).start())
+    browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+
+    def ask(url, path, body=None):
+        with browser.open(url + path, None if body is None else json.dumps(body).encode()) as reply:
+            return json.load(reply)
+
+    with contextlib.ExitStack() as stack:
+        for bridge in bridges:
+            stack.callback(bridge.stop)
+        urls = [bridge.url for bridge in bridges]
+        if where == "paths":
+            port = pick_port()
+            ports = {name: bridge._listener.server_address[1]
+                     for name, bridge in zip("ab", bridges)}
+            stack.enter_context(run_nginx(tmp_path / "nginx", port, **ports))
+            urls = [f"http://127.0.0.1:{port}/{name}" for name in "ab"]
+        for url, token in zip(urls, tokens):
+            ask(url, "/auth", {"token": token})
+        assert [ask(url, "/auth")["name"] for url in urls] == ["of-a", "of-b"]
+        assert all(ask(url, "/edges")["total"] == 0 for url in urls)
+        ask(urls[0], "/logout", {})
+        assert [ask(url, "/auth")["name"] for url in urls] == [None, "of-b"]
+
+
+@pytest.mark.parametrize("port", ["", ":8000", ":x", ":8_0", ":" + "8" * 70, ":²"])
+def test_whatever_the_host_says_the_cookie_has_a_name(bridge, raw, tokens, port):
+    client = raw(None)
+    body = json.dumps({"token": tokens[1]["admin"]}).encode()
+    client.send(b"POST /auth HTTP/1.1\r\nHost: 127.0.0.1%b\r\nContent-Length: %d\r\n\r\n%b"
+                % (port.encode("latin-1"), len(body), body))
+    status, fields, _ = client.reply()
+    name = "radical_edge_8000" if port == ":8000" else "radical_edge"
+    assert status in (200, 400) and (status == 400 or fields["set-cookie"].startswith(name + "="))
+    if port in ("", ":8000"):
+        assert status == 200
 
 
 def test_credentials_and_what_nginx_adds_do_not_reach_an_edge(nginx, bridge, tokens):

@@ -30,7 +30,7 @@ def rows(window):
 def test_all_of_the_page_works_under_a_path_behind_nginx(driver, start, home, tmp_path):
     port = pick_port()
     stage = Stage(start, home, "--allow-host", f"127.0.0.1:{port}")
-    with run_nginx(tmp_path / "nginx", port, stage.port):
+    with run_nginx(tmp_path / "nginx", port, prefix=stage.port):
         stage.url = f"http://127.0.0.1:{port}/prefix"
         window = Window(driver, stage, tmp_path)
         try:
@@ -40,6 +40,34 @@ def test_all_of_the_page_works_under_a_path_behind_nginx(driver, start, home, tm
             window.close()
         asked = (tmp_path / "nginx/access.log").read_text()
         assert set(re.findall(r'"\w+ (/[\w.]*)', asked)) == {"/prefix"}
+
+
+def test_the_pages_of_two_bridges_under_paths_of_one_host_are_signed_in_apart(
+        driver, start, home, tmp_path, monkeypatch):
+    port, stages = pick_port(), []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv("HOME", str(tmp_path / name))
+        stages.append(Stage(start, tmp_path / name, "--allow-host", f"127.0.0.1:{port}"))
+    with run_nginx(tmp_path / "nginx", port, a=stages[0].port, b=stages[1].port):
+        for stage, name in zip(stages, "ab"):
+            stage.url = f"http://127.0.0.1:{port}/{name}"
+        window = Window(driver, stages[0], tmp_path)
+        try:
+            for window.stage in stages:
+                window.sign_in()
+            for stage in reversed(stages):         # the cookie is enough, also for events
+                window.go(stage.url + "/")
+                window.find("#who .chip", "admin")
+                stage.start_edge("site", "-p", "sysinfo", env={"HOME": str(stage.home)})
+                window.find("a.main", "site")
+            window.click("button", "Sign out")
+            window.find("#token")
+            window.go(stages[1].url + "/")
+            window.find("#who .chip", "admin")
+            window.check_console()
+        finally:
+            window.close()
 
 
 def use_under_a_path(stage, window, tmp_path):

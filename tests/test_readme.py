@@ -123,8 +123,8 @@ def behind_nginx(request, tokens, certificate, tmp_path, monkeypatch):    # noqa
     relay = Relay(port, connect_host="www.example.org")
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{relay.port}")
     try:
-        with run_nginx(tmp_path / "nginx", port, bridge._listener.server_address[1],
-                       certificate=(cert, key)):
+        with run_nginx(tmp_path / "nginx", port, certificate=(cert, key),
+                       edge=bridge._listener.server_address[1]):
             yield f"https://{where}/edge", pin
     finally:
         relay.close()

@@ -121,7 +121,7 @@ def test_no_secret_is_left_anywhere(home, certificate, start, tmp_path, monkeypa
     listener.join(20)
     shown += [("events", json.dumps(seen)), *(("logs", "\n".join(process.lines + process.errors))
                                              for process in (bridge, edge))]
-    cookie = re.search(r"radical_edge=([^;]{40,});", errors)[1]
+    cookie = re.search(r"radical_edge_[0-9]+=([^;]{40,});", errors)[1]
     for where, text in shown:
         assert text, where
         search.check(where, text)
