@@ -121,7 +121,8 @@ HEADS_KEPT = 256               # heads and paths of each kind that are known wit
 MAX_KEPT_HEAD = 2048           # bytes of one
 MAX_CHUNK_LINE = 256           # bytes of a chunk-size line with its extensions
 MAX_BODY = 64 * 1024 * 1024    # bytes of a body, which wire version 1 holds in memory whole
-MAX_BODIES = 256 * 1024 * 1024   # bytes of all bodies that a bridge holds whole at one time
+MAX_BODIES = 256 * 1024 * 1024   # bytes of all bodies that a bridge holds whole at one time, and
+                               # of all whole answers that clients have not read
 MAX_OWN_BODY = 64 * 1024       # bytes of a body for the bridge itself, which asks no token of some
 MAX_MESSAGE = 96 * 1024 * 1024  # bytes of a WebSocket message: a base64 body and its surroundings
 MAX_OLD_MESSAGE = 10 * 1024 * 1024   # bytes of one that radical.edge 0.x takes: more ends its link
@@ -143,7 +144,8 @@ MAX_JOBS = 10_000              # jobs of one session
 MAX_EDGES = 4096               # edges registered with one bridge, or about to
 MAX_REGISTER = 8 * 1024 * 1024  # bytes of what an edge says of itself, UI modules included
 MAX_DESCRIBED = 512 * 1024     # bytes of it that every client is told
-MAX_TOLD = 32 * 1024 * 1024    # bytes of what all edges of one token say of themselves
+MAX_TOLD = 32 * 1024 * 1024    # bytes of what all edges of one token say of themselves, and of
+                               # what is on its way from those that have not registered
 MAX_EDGE_PLUGINS = 256         # plugins of one edge
 MAX_NOTIFY_RATE = 10_000       # notifications a second from one edge
 NOTIFY_BURST = 50_000          # of which so many may come at once
@@ -2900,19 +2902,31 @@ class RateLimit:
                                   headers=_retry_after(1), limit="request-rate")
 
 
-class BodyLimit:
-    """Counts the bytes of the bodies that a bridge holds whole. On the loop."""
+BODIES_FULL = "the bridge holds as many bodies as it can: try again later"
+ANSWERS_FULL = ("the edge has answered, but the bridge holds as many unread answers as it can: "
+                "look before you send this again")
 
-    def __init__(self) -> None:
+
+class BodyLimit:
+    """Counts the bytes of the bodies that a bridge holds whole. On the loop.
+
+    refusal: what somebody is told for whom there is no room.
+    """
+
+    def __init__(self, refusal: str) -> None:
+        self._refusal = refusal
         self.held = 0
 
     def add(self, size: int) -> None:
         """Count some; raise Unavailable, and do not count them, when they are more than MAX_BODIES.
         """
         if self.held + size > MAX_BODIES:
-            raise Unavailable("the bridge holds as many bodies as it can: try again later",
-                              headers=_retry_after(1), limit="pending")
+            raise Unavailable(self._refusal, headers=_retry_after(1), limit="pending")
         self.held += size
+
+    def remove(self, size: int) -> None:
+        """Count some no more."""
+        self.held -= size
 
 
 class Allowance:
@@ -7586,6 +7600,16 @@ class Exchange:
         if not self.cancelled:
             self.connection.respond(self, head, body)
 
+    def answer_whole(self, head: AnswerHead, body: bytes) -> None:
+        """Answer with a body that may be large, and that its edge could not be told to hold back.
+
+        Raises Unavailable when the bridge holds too much that clients have not read.
+        """
+        if len(body) <= LINK_ROOM or self.cancelled:
+            self.answer(head, body)
+        else:
+            self.connection.respond_whole(self, head, body)
+
     def fail(self, error: EdgeError) -> None:
         """Answer the client with an error, or let it see that the answer is not whole."""
         if self.begun and not self.cancelled:
@@ -7785,6 +7809,13 @@ class HttpConnection:
             self._gateway.records.counters.count_limit(answer.limit)
         self._end(exchange, answer.status)
 
+    def respond_whole(self, exchange: Exchange, answer: AnswerHead, body: bytes) -> None:
+        """Write an answer, which is counted until the client has read it. Raises Unavailable."""
+        answers, size = self._gateway.answers, len(body)
+        answers.add(size)
+        self.respond(exchange, answer, body)
+        self.channel.when_room(lambda: answers.remove(size))
+
     def begin(self, exchange: Exchange, answer: AnswerHead) -> None:
         """Write the head of an answer whose body comes in pieces; its length may be known."""
         given = answer.length
@@ -7969,7 +8000,7 @@ class HttpConnection:
         exchange.cancelled = True                 # whatever its handler may still answer
 
     def _release(self) -> None:
-        self._gateway.bodies.held -= self._held
+        self._gateway.bodies.remove(self._held)
         self._held = 0
 
     def _on_lost(self, reason: str) -> None:
@@ -8250,7 +8281,9 @@ class WholeRequests(LinkRequests):
             return
         try:
             status, headers, body = parse_response(message)
-            exchange.answer(_make_foreign_answer(status, headers), body)
+            exchange.answer_whole(_make_foreign_answer(status, headers), body)
+        except Unavailable as error:
+            exchange.fail(error)
         except Exception as error:
             self._blame(exchange, error)
 
@@ -8417,6 +8450,7 @@ class EdgeLink:
         # replaced when both sides turn out to know version 2
         self.requests: LinkRequests = WholeRequests(self)
         self._is_patient = False                  # whether silence may mean a busy edge
+        self.opening = 0                          # bytes that came before it has registered
         self.told = 0                             # bytes of what it says of itself
         self.word = "edges"                       # what it calls them: "endpoints" in radical.orbit
         self._to_ack: Deque[Tuple[int, int]] = collections.deque()   # (event id, number there)
@@ -8459,6 +8493,8 @@ class EdgeLink:
         self._last_received = time.monotonic()
         self._parser.feed(data)
         try:
+            if not self.name:
+                self.registry.count_opening(self, len(data))
             while not self.channel.closed:
                 message = self._parser.next_message()
                 if message is None:
@@ -8739,6 +8775,7 @@ class EdgeRegistry:
         self.links: Dict[str, EdgeLink] = {}      # by name
         self.absent: Dict[str, Absence] = {}      # by name
         self.unregistered: Set[EdgeLink] = set()  # connected, but not yet registered
+        self.opening: Dict[str, int] = {}         # bytes that these have sent, by token's name
         self.host: Optional[PluginHost] = None    # of the bridge's own plugins
         self.url = ""
         self.downloads = 0                        # answers that are on their way in pieces
@@ -8766,6 +8803,24 @@ class EdgeRegistry:
         link = EdgeLink(self, connection, identity)
         self.unregistered.add(link)
         return link
+
+    def count_opening(self, link: EdgeLink, size: int) -> None:
+        """Count bytes of a link that has not registered. Raises ProtocolError when such links of
+        its token have sent more than MAX_TOLD: a whole "register" is in memory before it is read.
+        """
+        link.opening += size
+        self.opening[link.token] = self.opening.get(link.token, 0) + size
+        if self.opening[link.token] > MAX_TOLD:
+            self.counters.count_limit("registrations")
+            raise ProtocolError(f"links of its token have sent {MAX_TOLD} bytes, and have not "
+                                "registered", CloseCode.POLICY)
+
+    def _end_opening(self, link: EdgeLink) -> None:
+        self.unregistered.discard(link)
+        left = self.opening.pop(link.token, 0) - link.opening
+        if left:
+            self.opening[link.token] = left
+        link.opening = 0
 
     def close_unless(self, is_valid: Callable[[Identity], bool]) -> None:
         """Close the links of those whose tokens were revoked or have expired."""
@@ -8807,7 +8862,7 @@ class EdgeRegistry:
         old = self.links.get(name)
         link.name = name
         self.links[name] = link
-        self.unregistered.discard(link)
+        self._end_opening(link)
         self.counters.add("links_total")
         bridge_log.info("edge %s is here, with %s", name, ", ".join(link.plugins) or "no plugins")
         if old is not None:
@@ -8818,7 +8873,7 @@ class EdgeRegistry:
 
     def on_lost(self, link: EdgeLink, reason: str) -> None:
         """Forget a link that ended."""
-        self.unregistered.discard(link)
+        self._end_opening(link)
         if link.name and self.links.get(link.name) is link:
             del self.links[link.name]
             self.counters.add("links_lost_total")
@@ -9645,7 +9700,8 @@ class Bridge:
         self.connections: Set[HttpConnection] = set()            # the loop's
         self.handshakes: Set[_Handshake] = set()  # the loop's
         self.open = ConnectionLimit(open_file_room())            # for every connection, first
-        self._rates, self.bodies = RateLimit(), BodyLimit()
+        self._rates, self.bodies = RateLimit(), BodyLimit(BODIES_FULL)
+        self.answers = BodyLimit(ANSWERS_FULL)    # those that edges of version 1 send whole
         self.stopping = False                     # set by stop(), read everywhere
         self._state_dir = Path(state_dir or home_dir() / "state" / BRIDGE_NAME)
         self._journal = Journal(self._state_dir / "events", max_records=MAX_EVENTS,

@@ -303,6 +303,64 @@ def test_the_edges_of_one_token_leave_room_for_others(bridge, raw, tokens, monke
         fake.close()
 
 
+def test_links_of_a_token_hold_only_so_much_before_they_have_registered(bridge, raw, tokens,
+                                                                        monkeypatch):
+    monkeypatch.setattr(radical_edge, "MAX_TOLD", 1_000_000)
+    url = radical_edge.parse_bridge_url(bridge.url)
+
+    def begin(token):
+        """Begin a register message of 600,000 bytes, and send half of it."""
+        sock, _ = radical_edge.open_websocket(url, token, None)
+        sock.settimeout(30)
+        sock.sendall(encode_frame(Opcode.TEXT, b"{" * 600_000, mask=b"abcd")[:300_000])
+        return sock
+
+    def held():
+        return bridge._registry.opening.get("edge-1", 0)
+
+    socks = [begin(tokens[1]["edge"]) for _ in range(3)]
+    wait_until(lambda: held() == 900_000)
+    socks.append(begin(tokens[1]["edge"]))
+    while socks[-1].recv(65536):                  # ended, with a reason
+        pass
+    assert count(raw(), "registrations") >= 1
+    wait_until(lambda: held() == 900_000)
+    other = FakeEdge(bridge, tokens[0].add("edge-2", "edge"), "f2")
+    assert other.hear("topology")["type"] == "topology"          # another token has its own share
+    for sock in socks:
+        sock.close()
+    wait_until(lambda: bridge._registry.opening == {})
+    fakes = [FakeEdge(bridge, tokens[1]["edge"], name, endpoint={"x": "y" * 300_000})
+             for name in ("f3", "f4", "f5")]      # and who has registered is told, not held
+    assert [fake.hear("topology")["type"] for fake in fakes] == ["topology"] * 3
+    assert bridge._registry.opening == {}
+    for fake in (other, *fakes):
+        fake.close()
+
+
+def test_answers_of_an_older_edge_that_nobody_reads_have_a_limit(
+        bridge, raw, fake_edge, monkeypatch):      # noqa: F811
+    monkeypatch.setattr(radical_edge, "MAX_BODIES", 60_000_000)
+    fake, clients = fake_edge("f1"), [raw() for _ in range(4)]
+    fake.hear("topology")
+
+    def ask(client, size):
+        client.send_request("GET", "/f1/p/x")
+        req_id = fake.hear("request")["req_id"]
+        fake.say(type="response", req_id=req_id, status=200, headers={}, body="x" * size)
+
+    for client in clients[:3]:
+        ask(client, 25_000_000)                   # more than the system takes on the way
+    refused(raw(), clients[2].reply(), 503, "pending", "unread")
+    ask(clients[3], 200_000)                      # small ones go on
+    assert clients[3].reply()[0] == 200
+    assert len(clients[0].reply()[2]) == 25_000_000
+    ask(clients[2], 25_000_000)                   # what was read is not counted any more
+    assert len(clients[2].reply()[2]) == 25_000_000
+    clients[1].close()                            # nor is what nobody will read
+    wait_until(lambda: bridge.answers.held == 0)
+
+
 def test_a_first_head_and_a_later_one_have_their_time(bridge, raw, monkeypatch):
     monkeypatch.setattr(radical_edge, "HEAD_S", 0.3)
     first, later = raw(), raw()
