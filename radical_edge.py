@@ -5235,7 +5235,10 @@ class Plugin:
     async def _close(self) -> None:
         if self._sweeper is not None:
             self._sweeper.cancel()
-        await self.stop()
+        try:
+            await self.stop()
+        except (Exception, SystemExit):           # the plugin's own; its sessions are to be kept
+            log.exception("plugin %s failed to stop", self._instance_name)
         if self._sessions:
             await self._store_now()
 
@@ -5888,8 +5891,13 @@ class _Hosted:
     def stop(self) -> bool:
         """Stop the plugin and its threads; False when something in it blocks."""
         if self.plugin is not None:
-            with contextlib.suppress(Exception):
+            name = self.plugin.instance_name
+            try:
                 self.thread.submit(self.plugin._close()).result(STOP_S / 2)
+            except concurrent.futures.TimeoutError:
+                log.error("plugin %s did not stop within %.0f s", name, STOP_S / 2)
+            except Exception:
+                log.exception("plugin %s was not stopped well", name)
         self.workers.stop()
         return self.thread.stop(STOP_S / 2)
 

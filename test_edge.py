@@ -3608,6 +3608,44 @@ def test_sessions_survive_a_restart_with_owner_arguments_and_state(home):
         assert host.stop()
 
 
+@pytest.mark.parametrize("mistake, words", [
+    (lambda: {}["nothing"], "KeyError: 'nothing'"), (lambda: sys.exit(3), "SystemExit: 3"),
+    (lambda: asyncio.wait_for(asyncio.sleep(60), 0.01), "TimeoutError")])
+def test_a_plugin_that_fails_to_stop_is_logged_and_its_sessions_are_kept(home, caplog, mistake,
+                                                                         words):
+    class Failing(KeptPlugin):
+        async def stop(self):
+            for record in self._sessions.values():
+                record.session.count = 7
+            await mistake()
+
+    host = radical_edge.PluginHost("e1", "edge", home / "state", changed=lambda: None,
+                                   notify=lambda *args: None)
+    host.add(Failing, "failing")
+    sid = ask(host, "POST", "/failing/register_session", {}, as_user(name="alice"))[1]["sid"]
+    assert host.stop()
+    assert "plugin failing failed to stop" in caplog.text and words in caplog.text
+    (kept,) = (home / "state").rglob("sessions.json")
+    assert json.loads(kept.read_text())["sessions"][sid]["state"] == {"count": 7}
+
+
+def test_a_plugin_that_does_not_stop_is_named_in_the_log(home, caplog):
+    ends = threading.Event()
+
+    class Stuck(Plugin):
+        async def stop(self):
+            ends.wait(60)                         # blocks its loop
+
+    host = radical_edge.PluginHost("e1", "edge", home / "state", changed=lambda: None,
+                                   notify=lambda *args: None)
+    host.add(Stuck, "stuck")
+    try:
+        assert not host.stop()
+        assert "plugin stuck did not stop within" in caplog.text
+    finally:
+        ends.set()
+
+
 def test_a_handler_may_be_plain_or_async_and_a_coroutine_runs_on_the_plugins_own_loop(host):
     class Where(Plugin):
         @get("async")
