@@ -9447,7 +9447,8 @@ class _Routes:
         key = fields.get("sec-websocket-key", "")
         wanted = "websocket" in fields.get("upgrade", "").lower() and \
             "upgrade" in connection_options(fields) and len(key) == 24
-        if not wanted or fields.get("sec-websocket-version") != "13":
+        # HTTP/1.0 has no upgrade (RFC 9110, section 7.8)
+        if not wanted or exchange.head.is_http10 or fields.get("sec-websocket-version") != "13":
             raise EdgeError("this path is for edges: it speaks WebSocket, version 13",
                             HTTPStatus.UPGRADE_REQUIRED,
                             headers={"Upgrade": "websocket", "Connection": "Upgrade",

@@ -2186,6 +2186,15 @@ def test_head_is_get_without_the_body(edge, raw):
     assert client.request("GET", "/health")[0] == 200
 
 
+@pytest.mark.parametrize("version, status", [("1.0", 426), ("1.1", 101)])
+def test_http_1_0_is_not_upgraded(bridge, raw, version, status):
+    client = raw()
+    client.send((f"GET /register HTTP/{version}\r\nHost: x\r\nAuthorization: Bearer {client.token}"
+                 "\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+                 "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n").encode())
+    assert client.reply(head_only=True)[0] == status
+
+
 def test_expect_100_continue_is_answered_or_refused_early(edge, raw):
     client = raw()
     head = (f"POST /e1/echo/echo HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {client.token}\r\n"
