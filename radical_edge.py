@@ -529,7 +529,7 @@ class FrameParser:
         Control frames come out between the fragments of a message, as they were sent (section 5.4).
         Raises ProtocolError, after which the connection must be closed with its `code`.
         """
-        while True:
+        while self._start < len(self._buffer):
             frame = self._next_frame()
             if frame is None:
                 return None
@@ -539,6 +539,7 @@ class FrameParser:
             message = self._join(opcode, fin, payload)
             if message is not None:
                 return message
+        return None
 
     def _next_frame(self) -> Optional[Tuple[Opcode, bool, bytes]]:
         buffer, start = self._buffer, self._start
@@ -5878,12 +5879,11 @@ class _Hosted:
         """
         def started(task: "asyncio.Task[None]") -> None:
             self.tasks.add(task)                  # the loop itself keeps only a weak reference
-            task.add_done_callback(self.tasks.discard)
             if call_ is not None:
                 call_.on_cancel(lambda: self.thread.call(task.cancel))
 
         try:
-            self.thread.loop.start_task(make, started)
+            self.thread.loop.start_task(lambda: self._run(make), started)
             return True
         except RuntimeError:
             return False
@@ -5900,6 +5900,12 @@ class _Hosted:
                 log.exception("plugin %s was not stopped well", name)
         self.workers.stop()
         return self.thread.stop(STOP_S / 2)
+
+    async def _run(self, make: Callable[[], Any]) -> None:
+        try:
+            await make()
+        finally:                                  # a done callback would take a turn of the loop
+            self.tasks.discard(asyncio.current_task())
 
 
 def _read_ui_module(plugin_object: Plugin) -> Optional[str]:

@@ -1897,17 +1897,29 @@ def test_a_body_that_looks_like_a_request_is_not_run(edge, raw):
 
 
 def test_a_head_that_was_read_before_is_known_again_unless_it_is_long():
+    def read(text):
+        parser = RequestParser()
+        parser.feed(text + b"\r\n\r\n")
+        return parser.next_event()
+
     head = b"GET /a HTTP/1.1\r\nHost: x\r\nConnection: x-hop\r\nX-Hop: 1\r\nX-End: 2"
-    known = radical_edge.parse_request_head(head)
-    assert radical_edge.parse_request_head(bytes(bytearray(head))) is known
+    known = read(head)
+    assert read(bytes(bytearray(head))) is known
     assert known.forwarded == {"x-end": "2"} and known.fields["x-hop"] == "1"
-    other = radical_edge.parse_request_head(head.replace(b"/a", b"/b"))
+    other = read(head.replace(b"/a", b"/b"))
     assert (other.path, other.fields) == ("/b", known.fields)
     long = head + b"\r\nX-Long: " + b"x" * radical_edge.MAX_KEPT_HEAD
-    assert radical_edge.parse_request_head(long) is not radical_edge.parse_request_head(long)
+    assert read(long) is not read(long)
     for _ in range(2):                            # what is refused is refused again
-        refusal_of(radical_edge.parse_request_head, head + b"\r\nHost: y",
-                   error=radical_edge.BadRequest)
+        refusal_of(read, head + b"\r\nHost: y", error=radical_edge.BadRequest)
+
+
+def test_only_so_many_heads_are_kept_whatever_comes():
+    kept = radical_edge._Remembered(str.upper)
+    for number in range(3 * radical_edge.HEADS_KEPT):
+        assert kept[f"a{number}"] == f"A{number}" and kept[f"a{number}"] == f"A{number}"
+        assert len(kept) <= radical_edge.HEADS_KEPT
+    assert kept["x" * 9999] == "X" * 9999 and "x" * 9999 not in kept
 
 
 def test_what_becomes_of_a_request_is_nothing_to_another_with_the_same_head(edge, raw, tokens):
