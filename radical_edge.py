@@ -1937,10 +1937,15 @@ class Channel:
             if self.closed:
                 return
             waiting = bool(self._unsent)
-            if not waiting and len(pieces) == 1:  # the socket takes it whole, nearly always
-                pieces = self._send_now_locked(pieces[0])
-                if not pieces:
+            if not waiting and len(pieces) == 1:
+                try:
+                    sent = self._sock.send(pieces[0])
+                except OSError:                   # the next try has it again
+                    sent = 0
+                self.sent += sent
+                if sent == len(pieces[0]):        # nearly always
                     return
+                pieces = (memoryview(pieces[0])[sent:],)
             for piece in pieces:
                 self._unsent.append(memoryview(piece))
                 self.unsent += len(piece)
@@ -2015,12 +2020,12 @@ class Channel:
                 self.close(reason)
             elif data and not self._draining:
                 self._on_data(data)
-            # a plain socket that has more becomes readable again; TLS keeps it inside
-            if not self._is_tls or not data or not self._has_pending():
+            # what has more becomes readable again, unless TLS has it: of a record that was cut
+            if len(data) < READ_SIZE or not self._has_pending():
                 return
 
     def _has_pending(self) -> bool:
-        if self.closed or self._draining or not self._reading:
+        if not self._is_tls or self.closed or self._draining or not self._reading:
             return False
         return self._sock.pending() > 0
 
@@ -2088,16 +2093,6 @@ class Channel:
         except OSError as error:
             return str(error)
         return None
-
-    def _send_now_locked(self, piece: Union[bytes, memoryview]) -> Tuple[memoryview, ...]:
-        """Send what the socket takes of a piece; return the rest, and leave errors to the next try.
-        """
-        try:
-            sent = self._sock.send(piece)
-        except OSError:                           # those of _WOULD_BLOCK are some, too
-            sent = 0
-        self.sent += sent
-        return (memoryview(piece)[sent:],) if sent < len(piece) else ()
 
     def _send_some_locked(self) -> int:
         if len(self._unsent) == 1:
@@ -3045,7 +3040,8 @@ class Authenticator:
         Raises Unauthorized for wrong ones, TooManyRequests after too many of those, and Forbidden
         for a browser that was led here by another site (Host and Origin).
         """
-        self._check_origin(head)
+        if "origin" in head.fields:
+            self._check_origin(head)
         authorization = head.fields.get("authorization")
         if authorization is not None and self._tokens is not None:
             return self._recall_caller(head, authorization, address)
@@ -3113,10 +3109,9 @@ class Authenticator:
                             "--allow-host NAME, or send a token in the Authorization field")
 
     def _check_origin(self, head: RequestHead) -> None:
-        origin = head.fields.get("origin")
-        if origin is None or head.method in ("GET", "HEAD") and "upgrade" not in head.fields:
+        if head.method in ("GET", "HEAD") and "upgrade" not in head.fields:
             return
-        host = origin.partition("://")[2].lower()
+        host = head.fields["origin"].partition("://")[2].lower()
         # with its port: to browsers, whatever runs at another port of this host is the same site,
         # and gets our cookie
         if host != head.host.lower() and host not in self._origins:
@@ -5883,7 +5878,7 @@ class _Hosted:
                 call_.on_cancel(lambda: self.thread.call(task.cancel))
 
         try:
-            self.thread.loop.start_task(lambda: self._run(make), started)
+            self.thread.loop.start_task(functools.partial(self._run, make), started)
             return True
         except RuntimeError:
             return False
@@ -7887,7 +7882,8 @@ class HttpConnection:
     def _end(self, exchange: Exchange, status: int) -> None:
         keep = exchange.keep_alive
         self._gateway.on_answered(exchange, status)
-        self._release()
+        if self._held:
+            self._release()
         if exchange.upload is not None:
             exchange.upload.stop()
         # the last answer was given: what the client sent after that request is not read any more
@@ -9891,7 +9887,7 @@ class Bridge:
             exchange.timeout = _parse_timeout(head.fields["x-request-timeout"])
         else:
             exchange.timeout = self._request_timeout
-        exchange.on_progress()
+        exchange.deadline = time.monotonic() + exchange.timeout
         if name == BRIDGE_NAME:
             incoming = EdgeRequest(exchange.request_id, head.method, exchange.target,
                                    exchange.fields_for_edge(), exchange.body)
