@@ -1226,16 +1226,24 @@ def encode_msgpack(value: Any) -> bytes:
 
 
 def _make_json_encoder() -> Callable[[Any], str]:
+    """Return a function that returns a value as JSON; raises ValueError or TypeError for no JSON.
+    """
     encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     try:                                          # its encode() makes one of these for each call
         encode = json.encoder.c_make_encoder(None, encoder.default, json.encoder.encode_basestring,
                                              None, ":", ",", False, False, False)
     except TypeError:                             # a Python without it, or whose own is another
         return encoder.encode
-    return lambda value: "".join(encode(value, 0))
+
+    def encode_json_value(value: Any) -> str:
+        try:
+            return "".join(encode(value, 0))
+        except RecursionError:
+            raise ValueError("a value holds itself, or nests too deep") from None
+
+    return encode_json_value
 
 
-# raises ValueError, TypeError or RecursionError for what is no JSON value
 encode_json = _make_json_encoder()
 _parse_json = json.JSONDecoder().decode
 

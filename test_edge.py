@@ -2291,6 +2291,28 @@ def test_a_wire_request_without_method_target_or_fields_is_refused(text):
         radical_edge.parse_wire_request(frame)
 
 
+def test_what_is_no_json_is_refused_as_such_however_it_is_made():
+    circle, deep = {}, []
+    circle["x"] = [circle]
+    for _ in range(100_000):
+        deep = [deep]
+    for value in (circle, deep, float("nan"), {1: float("inf")}):
+        with pytest.raises(ValueError):
+            radical_edge.encode_json(value)
+    for value in (object(), {(1, 2): 3}, {1, 2}):
+        with pytest.raises(TypeError):
+            radical_edge.encode_json([value])
+    value = {"a": [1, 2.5, None, True, "é\n", {}], 1: (2,)}
+    assert radical_edge.encode_json(value) == '{"a":[1,2.5,null,true,"é\\n",{}],"1":[2]}'
+
+
+def test_an_encoder_of_json_is_had_without_the_one_in_c(monkeypatch):
+    monkeypatch.setattr(json.encoder, "c_make_encoder", None)
+    plain = radical_edge._make_json_encoder()
+    for value in ({"a": [1, 2.5, None, "é\n"]}, "x", 7, [], {}):
+        assert plain(value) == radical_edge.encode_json(value)
+
+
 def test_equal_wire_requests_share_nothing_that_a_handler_could_change():
     head = radical_edge.encode_wire_request(7, "r-1", b'["GET","/a",{"x":"y"}]', end=True)
     first, second = (radical_edge.parse_wire_request(radical_edge.parse_wire(head)) for _ in "12")
