@@ -8406,7 +8406,7 @@ class StreamRequests(LinkRequests):
             return
         try:
             answer = _known_answers[frame.text]
-            if frame.end:
+            if frame.end and len(frame.body) <= MAX_WHOLE:       # more needs credit, as a stream
                 self.forget(exchange)
                 exchange.answer(answer, bytes(frame.body))
                 return

@@ -2909,6 +2909,21 @@ def test_an_edge_that_sends_without_credit_loses_its_link(fake_edge2, raw):
         fake_edge2.hear_wire(radical_edge.Kind.ACK)
 
 
+def test_an_edge_that_sends_a_large_answer_whole_loses_its_link(fake_edge2, raw):
+    client = raw()
+    client.send_request("GET", "/f2/p/x")
+    stream = fake_edge2.hear_wire(radical_edge.Kind.REQUEST).stream
+    body = bytes(radical_edge.MAX_WHOLE)
+    fake_edge2.say_wire(radical_edge.Kind.RESPONSE, stream, [200, {}], body, end=True)
+    assert client.reply()[2] == body
+    client.send_request("GET", "/f2/p/x")
+    stream = fake_edge2.hear_wire(radical_edge.Kind.REQUEST).stream
+    body = bytes(2 * radical_edge.INITIAL_WINDOW)
+    fake_edge2.say_wire(radical_edge.Kind.RESPONSE, stream, [200, {}], body, end=True)
+    with pytest.raises((AssertionError, ConnectionError)):
+        fake_edge2.hear_wire(radical_edge.Kind.ACK)
+
+
 @pytest.mark.parametrize("head", [[], {}, [99, {}], ["200", {}], [200, []], [200, {"a b": "c"}],
                                   [200, {"a": "b\r\nc: d"}], [True, {}]])
 def test_an_answer_of_nonsense_on_a_stream_is_502(fake_edge2, raw, head):
