@@ -2506,8 +2506,9 @@ def must_write(path: Path, otherwise: str) -> Iterator[None]:
 class LockFile:
     """A file that one process alone can have, in a way that is safe on NFS: no advisory locks.
 
-    It is made by link(), which either succeeds or does not, and names its owner. On this host the
-    owner's process tells whether it lives; on another one, whether the file was touched of late.
+    It is made by link(), which either succeeds or does not, and names its owner. On this machine
+    the owner's process tells whether it lives; on another one, which may have the same name,
+    whether the file was touched of late.
     """
 
     STALE_S = 30.0             # without a touch, the owner on another host is taken for dead
@@ -2515,7 +2516,7 @@ class LockFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._owner = {"host": socket.gethostname(), "pid": os.getpid(),
+        self._owner = {"host": socket.gethostname(), "machine": machine_id(), "pid": os.getpid(),
                        "started": process_start(os.getpid()), "key": secrets.token_hex(8)}
         self._text = encode_json(self._owner)
 
@@ -2580,9 +2581,12 @@ class LockFile:
         try:
             owner = json.loads(text)
             host, pid, started = str(owner["host"]), int(owner["pid"]), int(owner["started"])
+            mine = self._owner["machine"]
+            is_here = host == self._owner["host"] and owner.get("machine", mine) == mine
         except (ValueError, KeyError, TypeError):
-            host, pid, started = "", 0, 0         # half written, by what was killed: age decides
-        if not self._is_dead(host, pid, started):
+            # half written, by what was killed: age decides
+            host, pid, started, is_here = "", 0, 0, False
+        if not self._is_dead(is_here, pid, started):
             return f"process {pid} on {host or '?'}"
         # whoever renames it away has cleared it; if it was a new one by now, it is put back
         taken = self._path.with_name(f".{self._path.name}.stale.{self._owner['key']}")
@@ -2594,8 +2598,8 @@ class LockFile:
             os.unlink(taken)
         return None
 
-    def _is_dead(self, host: str, pid: int, started: int) -> bool:
-        if host != self._owner["host"]:
+    def _is_dead(self, is_here: bool, pid: int, started: int) -> bool:
+        if not is_here:
             return self._age() > self.STALE_S
         return process_start(pid) != started
 
@@ -2616,6 +2620,17 @@ class LockFile:
             return self._path.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return None
+
+
+def machine_id() -> str:
+    """Return what tells this machine and its processes' numbers from others', until it is started
+    anew; "" where that cannot be known. Containers and clones may have the same host name.
+    """
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def process_start(pid: int) -> int:
@@ -3852,10 +3867,10 @@ class StateLock(LockFile):
             self._thread.join(STOP_S)
             self.give_back()
 
-    def _is_dead(self, host: str, pid: int, started: int) -> bool:
-        if super()._is_dead(host, pid, started):
+    def _is_dead(self, is_here: bool, pid: int, started: int) -> bool:
+        if super()._is_dead(is_here, pid, started):
             return True
-        if host != self._owner["host"] or not is_stopped(pid):
+        if not is_here or not is_stopped(pid):
             return False
         state_log.warning("%s belonged to process %d, which is stopped: it is killed", self._path,
                           pid)

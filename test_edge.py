@@ -5021,7 +5021,8 @@ def test_a_state_directory_has_one_process(tmp_path):
 
 
 @pytest.mark.parametrize("text", [
-    owner(pid=2 ** 22 + 1), owner(started=12345), owner(pid=1, started=5)])
+    owner(pid=2 ** 22 + 1), owner(started=12345), owner(pid=1, started=5),
+    owner(pid=2 ** 22 + 1, machine=radical_edge.machine_id())])
 def test_the_lock_of_a_process_that_is_gone_is_taken_over(tmp_path, text):
     (tmp_path / "lock").write_text(text)
     lock = lock_in(tmp_path)
@@ -5029,7 +5030,8 @@ def test_the_lock_of_a_process_that_is_gone_is_taken_over(tmp_path, text):
     lock.release()
 
 
-@pytest.mark.parametrize("text", [owner(host="login2", pid=1), "{half", "", "[]"])
+@pytest.mark.parametrize("text", [owner(host="login2", pid=1), "{half", "", "[]",
+                                  owner(machine="of the same name", pid=2 ** 22 + 1)])
 def test_a_lock_of_another_host_holds_until_it_is_not_touched_any_more(tmp_path, text):
     (tmp_path / "lock").write_text(text)
     with pytest.raises(radical_edge.Conflict):
