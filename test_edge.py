@@ -3201,8 +3201,7 @@ class Listener:
 
     def read(self):
         while not self._events:
-            data = self._chunk() if self._chunked else self.raw.sock.recv(65536)
-            assert data, "the stream ended"
+            data = self._chunk() if self._chunked else self._rest()
             self.bytes += data
             self._events = self._parser.feed(data)
         event = self._events.pop(0)
@@ -3225,6 +3224,12 @@ class Listener:
             rest = self.raw._buffer.partition(b"\r\n")[2]
         self.raw._buffer = rest[int(size, 16) + 2:]
         return rest[:int(size, 16)]
+
+    def _rest(self):
+        while not self.raw._buffer:               # some may have come with the head
+            self._more()
+        data, self.raw._buffer = self.raw._buffer, b""
+        return data
 
     def _more(self):
         data = self.raw.sock.recv(65536)

@@ -126,6 +126,7 @@ def test_a_detached_process_that_cannot_start_says_why_and_fails(home):
 def test_the_terminal_that_is_closed_ends_a_process_in_the_foreground(home):
     pid, terminal = os.forkpty()
     if not pid:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)             # nohup would have it ignored
         os.execv(sys.executable, [sys.executable, SCRIPT, "--bridge", "--port", "0"])
     text = b""
     while b"bridge: http" not in text:
