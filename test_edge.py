@@ -38,6 +38,7 @@ from radical_edge import (Bridge, BridgeClient, Edge, EdgeError, EventParser, Fr
                           StreamingResponse, TokenStore, accept_key, encode_close, encode_frame,
                           get, parse_close, post, put)
 
+LONG = bool(os.environ.get("RADICAL_EDGE_LONG"))   # the long forms: see the README
 ROOT = Path(__file__).resolve().parent
 SCRIPT = str(ROOT / "radical_edge.py")
 REQUIRED = os.environ.get("RADICAL_EDGE_REQUIRE", "").split(",")     # now: `home` unsets it
@@ -3927,7 +3928,8 @@ def start_edge(bridge, tokens, name="e1", **options):
     return running
 
 
-@pytest.mark.parametrize("path", ["/e1/echo/plain/5", "/e1/echo/block/5"])
+@pytest.mark.parametrize("path", ["/e1/echo/plain/5", "/e1/echo/block/5", pytest.param(
+    "/e1/echo/plain/60", marks=pytest.mark.skipif(not LONG, reason="RADICAL_EDGE_LONG=1: 60 s"))])
 def test_a_handler_that_blocks_loses_no_heartbeat_and_holds_up_no_other_plugin(tokens, path):
     """With a heartbeat of 0.25 s, a link is dead after 0.5 s of silence."""
     bridge = Bridge(port=0, tokens=tokens[0], heartbeat=0.25).start()
@@ -3937,7 +3939,7 @@ def test_a_handler_that_blocks_loses_no_heartbeat_and_holds_up_no_other_plugin(t
         blocked, client = Raw(bridge, tokens[1]["admin"]), Raw(bridge, tokens[1]["admin"])
         wait_until(lambda: client.request("GET", "/e1/other/hello")[0] == 200)
         blocked.send_request("GET", path)
-        end = time.monotonic() + 4.0
+        end = time.monotonic() + float(path.rpartition("/")[2]) - 1.0
         while time.monotonic() < end:
             assert client.request("GET", "/e1/other/hello")[0] == 200
         assert bridge.records.counters._counts["links_lost_total", ""] == 0
@@ -6553,9 +6555,6 @@ def test_tls_is_verified_by_certificate_or_pin_and_refused_without(start, certif
         body = "x" * 3_000_000
         assert client.http.post("/e2/psij/register_session", json={"x": body}).status_code == 422
         job.close()
-
-
-LONG = bool(os.environ.get("RADICAL_EDGE_LONG"))   # the long forms: see the README
 
 
 def test_a_large_file_goes_up_and_down_through_tls_in_little_memory(start, certificate, tmp_path):
