@@ -7485,12 +7485,12 @@ _PAGE_FIELDS = {"Cache-Control": "no-cache", "Referrer-Policy": "no-referrer",
 class _Document:
     """A page as it is sent: its bytes, compressed too, and its policy. Never changes."""
 
-    def __init__(self, text: str, policy: str) -> None:
-        self._body = text.encode()
+    def __init__(self, body: bytes, policy: str) -> None:
+        self._body = body
         self._compressed = gzip.compress(self._body, 9)
         self._etag = hashlib.sha256(self._body).hexdigest()[:16]
-        self._policy = policy.format(scripts=self._hashes("script", text),
-                                     styles=self._hashes("style", text))
+        self._policy = policy.format(scripts=self._hashes(b"script", body),
+                                     styles=self._hashes(b"style", body))
 
     def respond(self, fields: Dict[str, str]) -> Response:
         """Return the answer to a request with these fields: 304 for who has it already."""
@@ -7506,10 +7506,10 @@ class _Document:
                         media_type="text/html; charset=utf-8")
 
     @staticmethod
-    def _hashes(tag: str, text: str) -> str:
+    def _hashes(tag: bytes, body: bytes) -> str:
         """Return the sources that allow the page's own elements (CSP 3, section 2.3.1)."""
-        digests = [hashlib.sha256(found.encode()).digest()
-                   for found in re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)]
+        digests = [hashlib.sha256(found).digest()
+                   for found in re.findall(b"<%b>(.*?)</%b>" % (tag, tag), body, re.DOTALL)]
         return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'"
                         for digest in digests) or "'none'"
 
@@ -7517,17 +7517,18 @@ class _Document:
 def load_explorer(path: Optional[Path] = None) -> Tuple[_Document, _Document]:
     """Return (the page, the frame for plugins' modules) of explorer.html; a plain page without it.
 
-    The frame's text is the content of <template id="frame"> in the page.
+    The frame is the content of <template id="frame"> in the page. All of it stays bytes: as text,
+    with its few wide characters, it would weigh four times as much.
     """
     path = path or _find_explorer()
     try:
-        text = path.read_text(encoding="utf-8") if path else _PLAIN_PAGE
-    except (OSError, UnicodeDecodeError) as error:
+        page = path.read_bytes() if path else _PLAIN_PAGE.encode()
+    except OSError as error:
         bridge_log.error("%s cannot be read, so the page is a plain one: %s", path, error)
-        text = _PLAIN_PAGE
-    found = re.search(r'<template id="frame">\n?(.*?)</template>\n?', text, re.DOTALL)
-    frame = found[1] if found else ""
-    page = text.replace(found[0], "") if found else text
+        page = _PLAIN_PAGE.encode()
+    found = re.search(rb'<template id="frame">\n?(.*?)</template>\n?', page, re.DOTALL)
+    frame = found[1] if found else b""
+    page = page.replace(found[0], b"") if found else page
     return _Document(page, _PAGE_POLICY), _Document(frame, _FRAME_POLICY)
 
 
@@ -11174,7 +11175,8 @@ def _serve(options: argparse.Namespace) -> int:
     done = _Ending(keeps_terminal=detached is None and os.isatty(0))
     # taken out of the environment, or every program that a plugin runs would inherit it
     token = os.environ.pop("RADICAL_BRIDGE_TOKEN", None)
-    load_builtin_plugins()
+    if options.edge or options.plugins or options.plugin_file:       # they weigh 3 MiB
+        load_builtin_plugins()
     for path in options.plugin_file:
         load_plugin_file(path)
     services: List[Any] = []
