@@ -671,16 +671,16 @@ class _Remembered(dict):
     """What a parser returned for short texts, by the text: peers repeat themselves. Any thread.
 
     known[text] is what it returned before, or else returns now. That is shared, so that nobody may
-    change it. What it raises is not remembered.
+    change it. What it raises is not remembered. size: of a key, where that is no text.
     """
 
-    def __init__(self, parse: Callable[[Any], Any]) -> None:
+    def __init__(self, parse: Callable[[Any], Any], size: Callable[[Any], int] = len) -> None:
         super().__init__()
-        self._parse = parse
+        self._parse, self._size = parse, size
 
     def __missing__(self, text: Any) -> Any:
         parsed = self._parse(text)
-        if len(text) <= MAX_KEPT_HEAD:
+        if self._size(text) <= MAX_KEPT_HEAD:
             if len(self) >= HEADS_KEPT:
                 self.clear()                      # what is in use is soon there again
             self[text] = parsed
@@ -1475,10 +1475,16 @@ def parse_wire_request(frame: WireFrame) -> EdgeRequest:
                        bytes(frame.body) if frame.end else b"")
 
 
-@functools.lru_cache(maxsize=HEADS_KEPT)
-def encode_wire_answer(status: int, fields: Tuple[Tuple[str, str], ...]) -> bytes:
+def _encode_answer(answer: Tuple[int, Tuple[Tuple[str, str], ...]]) -> bytes:
+    return encode_json([answer[0], dict(answer[1])]).encode()
+
+
+_known_replies = _Remembered(_encode_answer, lambda answer: len(repr(answer)))
+
+
+def encode_wire_answer(status: int, fields: Dict[str, str]) -> bytes:
     """Return the text of a RESPONSE's head. Raises ValueError or TypeError when it cannot be."""
-    return encode_json([status, dict(fields)]).encode()
+    return _known_replies[status, tuple(fields.items())]
 
 
 def parse_fields_object(headers: Any) -> Dict[str, str]:
@@ -6877,9 +6883,8 @@ class _StreamCall(Call):
         incoming = self.incoming
         edge_log.debug("%s: > %d", incoming.req_id, response.status_code)
         try:
-            fields = tuple(response.headers.items())
-            return encode_wire(Kind.RESPONSE, self._stream,
-                               encode_wire_answer(response.status_code, fields), end=end)
+            text = encode_wire_answer(response.status_code, response.headers)
+            return encode_wire(Kind.RESPONSE, self._stream, text, end=end)
         except (TypeError, ValueError) as error:  # fields that are no text: the plugin's mistake
             failure = _failure_response(error, Request(incoming.method, incoming.target,
                                                        incoming.headers))

@@ -1923,6 +1923,16 @@ def test_only_so_many_heads_are_kept_whatever_comes():
     assert kept["x" * 9999] == "X" * 9999 and "x" * 9999 not in kept
 
 
+def test_heads_of_answers_are_kept_only_when_they_are_short():
+    known = radical_edge._known_replies
+    for value in ("y", "z" * 99_999):
+        text = radical_edge.encode_wire_answer(200, {"x": value})
+        assert json.loads(text) == [200, {"x": value}]
+        assert ((200, (("x", value),)) in known) is (value == "y")
+    with pytest.raises(TypeError):
+        radical_edge.encode_wire_answer(200, {"x": [1]})
+
+
 def test_what_becomes_of_a_request_is_nothing_to_another_with_the_same_head(edge, raw, tokens):
     head = (f"POST /e1/echo/echo HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n"
             f"Authorization: Bearer {tokens[1]['client']}\r\n\r\n").encode()
