@@ -35,6 +35,20 @@ The file reads from top to bottom, and each section uses only what stands above 
 """
 from __future__ import annotations
 
+import os
+import sys
+
+if (__name__ == "__main__" and __spec__ is None and {"--bridge", "--edge"} & set(sys.argv[1:])
+        and os.path.basename(os.path.realpath(__file__)) == "radical_edge.py"):
+    # What is to run for long is started anew, in the same process, as a module: of that, Python
+    # keeps the compiled code for the next start, and does not keep the syntax tree (12 MB).
+    os.execv(sys.executable, [
+        # what stood before the script's name; Python 3.9 does not know
+        *(getattr(sys, "orig_argv", [sys.executable])[:-len(sys.argv)] or [sys.executable]),
+        # path[0] is the current directory here: it must not be searched
+        "-c", "import sys; sys.path[0] = sys.argv.pop(1).rpartition('/')[0]; import radical_edge; "
+        "sys.exit(radical_edge.main())", os.path.realpath(__file__), *sys.argv[1:]])
+
 import argparse
 import asyncio
 import atexit
@@ -61,7 +75,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import random
 import re
 import secrets
@@ -74,7 +87,6 @@ import ssl
 import stat
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -11753,22 +11765,5 @@ def _check_plugins(options: argparse.Namespace) -> bool:
     return True
 
 
-def _run_script() -> int:
-    """Run this file as a script.
-
-    Python keeps a script's syntax tree until the script ends, 12 MB for this file, but not a
-    module's. So what is to run for long is started anew, in the same process, as a module.
-    """
-    path = Path(__file__).resolve()
-    if path.name != "radical_edge.py" or not {"--bridge", "--edge"} & set(sys.argv[1:]):
-        return main()
-    # what stood before the script's name; Python 3.9 does not know
-    python = getattr(sys, "orig_argv", [sys.executable])[:-len(sys.argv)] or [sys.executable]
-    # path[0] is the current directory here: it must not be searched
-    code = ("import sys; sys.path[0] = sys.argv.pop(1).rpartition('/')[0]; import radical_edge; "
-            "sys.exit(radical_edge.main())")
-    os.execv(sys.executable, [*python, "-c", code, str(path), *sys.argv[1:]])
-
-
 if __name__ == "__main__":
-    sys.exit(_run_script())
+    sys.exit(main())

@@ -6652,6 +6652,19 @@ def free_port():
         return server.getsockname()[1]
 
 
+@pytest.mark.parametrize("way", [[SCRIPT], ["-m", "radical_edge"], ["-B", "-X", "utf8", SCRIPT]])
+def test_a_bridge_starts_as_a_script_and_as_a_module(way, home):
+    process = subprocess.Popen([sys.executable, *way, "--bridge", "--port", "0"], cwd=str(ROOT),
+                               stdout=subprocess.PIPE, text=True)
+    try:
+        assert "first token" in process.stdout.readline()
+        assert process.stdout.readline().startswith("bridge: http://127.0.0.1:")
+    finally:
+        process.terminate()
+        assert process.wait(10) == 0
+        process.stdout.close()
+
+
 def test_the_core_runs_when_it_is_the_only_file(tmp_path, home):
     shutil.copy(SCRIPT, tmp_path / "radical_edge.py")
     process = subprocess.Popen([sys.executable, "-I", "-S", str(tmp_path / "radical_edge.py"),
