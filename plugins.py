@@ -22,14 +22,12 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
-import datetime
 import errno
 import functools
 import gc
 import grp
 import hashlib
 import hmac
-import http.client
 import importlib
 import importlib.util
 import inspect
@@ -61,7 +59,6 @@ import threading
 import time
 import traceback
 import urllib.parse
-import uuid
 from pathlib import Path
 from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple,
                     Optional, Set, Tuple, Type, Union)
@@ -75,8 +72,8 @@ from radical_edge import (RELAY_NONCE, RESERVED_NAMES, SSH_OPTIONS, TUNNEL_MODES
                           ProtocolError, Request, Response, StreamingResponse, Target,
                           TooManyRequests, Unauthorized, Unavailable, Unprocessable, Uplink,
                           Workers, answer_relay, default_token, delete, encode_digest, encode_json,
-                          encode_port_file, forward_option, get, home_dir, is_ssh_host,
-                          is_valid_name, make_child_token, make_etag, note_for_audit,
+                          encode_port_file, forward_option, get, home_dir, http_troubles,
+                          is_ssh_host, is_valid_name, make_child_token, make_etag, note_for_audit,
                           parse_bridge_url, parse_msgpack, post, put, read_private, refuse_constant,
                           repeatable, tunnels_dir, write_private)
 
@@ -2021,7 +2018,7 @@ class QueueInfoSlurm(QueueInfo):
         return {"jobs": [job for job in jobs if _matches(job, queue, user)]}
 
     def _squeue_text(self, *arguments: str) -> List[Dict[str, Any]]:
-        marker = uuid.uuid4().hex
+        marker = secrets.token_hex(16)
         ran = self._ask("squeue", "-h", *arguments, "-o", f"{marker}|{SQUEUE_FORMAT}")
         return parse_squeue_text(ran.output, marker)
 
@@ -4247,9 +4244,10 @@ def _make_careful(base: Any) -> Any:
             return native_id
 
         def generate_submit_script(self, job: Any, context: Dict[str, Any], file: Any) -> None:
+            from datetime import timedelta
             given = job.spec.attributes.duration
             if given is None and "lsf" in base.__name__.lower():
-                job.spec.attributes.duration = datetime.timedelta(minutes=1)
+                job.spec.attributes.duration = timedelta(minutes=1)
             text = io.StringIO()
             super().generate_submit_script(job, context, text)
             job.spec.attributes.duration = given
@@ -4475,9 +4473,10 @@ class BatchDriver:
             executable=executable, arguments=arguments, stdout_path=job.stdout, stderr_path=stderr,
             environment=environment, attributes=psij.JobAttributes(**given), **plain,
             resources=psij.ResourceSpecV1(**spec["resources"]) if spec["resources"] else None)
+        from datetime import timedelta
         # psij-python's own default is 10 minutes: without a duration the queue's default counts
         made.attributes.duration = None if duration is None else \
-            datetime.timedelta(seconds=math.ceil(duration / self.seconds) * self.seconds)
+            timedelta(seconds=math.ceil(duration / self.seconds) * self.seconds)
         return made
 
     def _custom_attributes(self, job: Job) -> Dict[str, Any]:
@@ -4943,6 +4942,7 @@ class PSIJSession(PluginSession):
         return {**answer, "edge_name": child.edge_name}
 
     def _make_job_id(self, key: Optional[str]) -> str:
+        import uuid                               # here: a quarter of a MiB
         return str(uuid.uuid5(uuid.UUID(int=0), f"{self.sid} {key}") if key else uuid.uuid4())
 
     async def _submit(self, job_id: str, spec: Dict[str, Any],
@@ -7331,7 +7331,7 @@ def _read_reply(reply: Any) -> Iterator[bytes]:
     while True:
         try:
             piece = reply.read(COPY_SIZE)
-        except (OSError, http.client.HTTPException) as error:
+        except http_troubles() as error:
             raise Unavailable(f"the connection was lost: {error}") from None
         if not piece:
             break
@@ -11038,7 +11038,7 @@ def parse_description(value: Any, kind: str) -> Dict[str, Any]:
                             f"{kind} description")
     if len(json.dumps(value)) > MAX_DESCRIPTION:
         raise Unprocessable(f"description: has more than {MAX_DESCRIPTION} bytes")
-    uid = value.get("uid") or f"{kind}.{uuid.uuid4().hex[:12]}"
+    uid = value.get("uid") or f"{kind}.{secrets.token_hex(6)}"
     if not isinstance(uid, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", uid):
         raise Unprocessable("description.uid: must be 1 to 100 letters, digits, '.', '_' or '-'")
     return {**value, "uid": uid}
@@ -11469,9 +11469,10 @@ class PluginLucid(Plugin):
     def is_enabled(self) -> bool:
         """Whether radical.pilot is there, in the Python that the child will run."""
         python = pilot_python()
+        is_here = python != sys.executable or importlib.util.find_spec("radical") is not None
         search = "import importlib.util, sys; sys.exit(importlib.util.find_spec('radical.pilot')" \
                  " is None)"
-        if run_command([python, "-c", search], 10 * COMMAND_S) is not None:
+        if is_here and run_command([python, "-c", search], 10 * COMMAND_S) is not None:
             return True
         self.why_disabled = (f"radical.pilot is not installed for {python}: pip install "
                              "radical.pilot, or name another Python in RADICAL_LUCID_PYTHON")
@@ -11892,8 +11893,7 @@ def parse_sensor_record(text: str) -> Optional[SensorRecord]:
 
 
 def _format_time(seconds: float) -> str:
-    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime(
-        "%Y-%m-%dT%H:%M:%SZ")
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def make_mock_records(count: int, now: float) -> List[SensorRecord]:
@@ -12213,8 +12213,8 @@ class RunRecord:
         """
         changes["progress"] = max(self.state.progress, changes.get("progress", 0))
         if message:
-            now = datetime.datetime.now(datetime.timezone.utc)
-            entry = {"time": now.strftime("%H:%M:%S"), "level": level, "message": message}
+            now = time.strftime("%H:%M:%S", time.gmtime())
+            entry = {"time": now, "level": level, "message": message}
             self.state.log = [entry, *self.state.log[:MAX_LOG - 1]]
             changes["message"] = message
             log_xgfabric.log(logging.WARNING if level != "info" else logging.INFO, "%s: %s",
@@ -13028,7 +13028,7 @@ class XGFabricSession(PluginSession):
                               config_name=config["name"], config_dir=str(self._files_dir),
                               total_simulations=config["num_simulations"],
                               total_batches=-(-config["num_simulations"] // config["batch_size"]))
-        data = {"run": uuid.uuid4().hex[:12], "config": config, "resource": resources,
+        data = {"run": secrets.token_hex(6), "config": config, "resource": resources,
                 "state": dataclasses.asdict(state), "step": WorkflowRun.STEPS[0], "ending": None,
                 "sessions": {}, "homes": {}, "records": [], "next_seq": None, "parameters": [],
                 "immediate": None, "allocate": None, "child": None, "active": None,

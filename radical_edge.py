@@ -41,13 +41,27 @@ import sys
 if (__name__ == "__main__" and __spec__ is None and {"--bridge", "--edge"} & set(sys.argv[1:])
         and os.path.basename(os.path.realpath(__file__)) == "radical_edge.py"):
     # What is to run for long is started anew, in the same process, as a module: of that, Python
-    # keeps the compiled code for the next start, and does not keep the syntax tree (12 MB).
+    # keeps the compiled code for the next start, and does not keep the syntax tree (12 MB). What is
+    # not compiled yet is so now, for some of the memory that this takes is never given back.
+    import importlib.util
+    script = os.path.realpath(__file__)
+    folder = os.path.dirname(script)
+    for source in (script, f"{folder}/plugins.py"):
+        compiled = importlib.util.cache_from_source(source)
+        if (os.path.exists(source) and os.access(folder, os.W_OK) and not sys.dont_write_bytecode
+                and not (os.path.exists(compiled)
+                         and os.path.getmtime(compiled) >= os.path.getmtime(source))):
+            import py_compile
+            try:
+                py_compile.compile(source, quiet=2)
+            except OSError:                       # others own the cache, or the disk is full
+                pass
     os.execv(sys.executable, [
         # what stood before the script's name; Python 3.9 does not know
         *(getattr(sys, "orig_argv", [sys.executable])[:-len(sys.argv)] or [sys.executable]),
         # path[0] is the current directory here: it must not be searched
         "-c", "import sys; sys.path[0] = sys.argv.pop(1).rpartition('/')[0]; import radical_edge; "
-        "sys.exit(radical_edge.main())", os.path.realpath(__file__), *sys.argv[1:]])
+        "sys.exit(radical_edge.main())", script, *sys.argv[1:]])
 
 import argparse
 import asyncio
@@ -64,11 +78,8 @@ import errno
 import fnmatch
 import functools
 import gc
-import gzip
 import hashlib
 import hmac
-import http.client
-import http.server
 import inspect
 import ipaddress
 import itertools
@@ -79,7 +90,6 @@ import random
 import re
 import secrets
 import selectors
-import shutil
 import signal
 import socket
 import socketserver
@@ -87,18 +97,19 @@ import ssl
 import stat
 import struct
 import subprocess
-import tempfile
 import threading
 import time
 import types
 import urllib.error
 import urllib.parse
-import urllib.request
-from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import (Any, AsyncIterator, Callable, Deque, Dict, Iterable, Iterator, List,
-                    NamedTuple, Optional, Set, Tuple, Type, Union)
+from typing import (TYPE_CHECKING, Any, AsyncIterator, Callable, Deque, Dict, Iterable, Iterator,
+                    List, NamedTuple, Optional, Set, Tuple, Type, Union)
+
+if TYPE_CHECKING:                                 # imported where they are used: an edge at rest
+    import http.client                            # has no use for them, nor for the 3 MiB
+    import urllib.request
 
 if __name__ == "__main__":                      # plugins import it by its name: the same object
     sys.modules["radical_edge"] = sys.modules["__main__"]
@@ -2209,7 +2220,10 @@ def find_proxy(url: BridgeURL) -> Optional[BridgeURL]:
     Never one for this machine itself: sites set a proxy for the world, and tunnels end here.
     Raises ValueError for a proxy that is not http://.
     """
-    if url.is_loopback or urllib.request.proxy_bypass(f"{url.host}:{url.port}"):
+    if url.is_loopback or not any(name.lower().endswith("_proxy") for name in os.environ):
+        return None
+    import urllib.request
+    if urllib.request.proxy_bypass(f"{url.host}:{url.port}"):
         return None
     proxy = urllib.request.getproxies().get("https" if url.tls else "http")
     if not proxy:
@@ -2284,7 +2298,9 @@ def _recv_response(sock: socket.socket) -> Tuple[int, Dict[str, str], bytes]:
 
 
 def _open_tcp(url: BridgeURL) -> socket.socket:
-    sock = socket.create_connection((url.host, url.port), timeout=HANDSHAKE_S)
+    # as bytes: text goes through a codec that weighs 0.4 MiB
+    host: Any = url.host.encode() if url.host.isascii() else url.host
+    sock = socket.create_connection((host, url.port), timeout=HANDSHAKE_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     return sock
@@ -5457,12 +5473,24 @@ def load_plugin_file(path: str) -> None:
         raise ValueError(f"--plugin-file {path}: {type(error).__name__}: {error}") from error
 
 
+def _has_entry_points(group: str) -> bool:
+    """Whether an installed package may have entry points of a group."""
+    for folder in map(Path, sys.path):
+        for file in (*folder.glob("*-info/entry_points.txt"), folder / "EGG-INFO/entry_points.txt"):
+            with contextlib.suppress(OSError):
+                if group.encode() in file.read_bytes():
+                    return True
+    return any(os.path.isfile(path) for path in sys.path)        # an archive: to be looked into
+
+
 def load_entry_points() -> None:
     """Import the plugins of installed packages (entry points of the group radical.edge.plugins)."""
-    from importlib import metadata                # here: it costs 20 ms
+    group = "radical.edge.plugins"
+    if not _has_entry_points(group):              # to find out in the other way costs 20 ms, 1 MiB
+        return
+    from importlib import metadata
     points = metadata.entry_points()
     select = getattr(points, "select", None)      # Python 3.9 returns a dict of groups
-    group = "radical.edge.plugins"
     for point in select(group=group) if select else points.get(group, ()):
         try:
             point.load()
@@ -6630,6 +6658,7 @@ class _SshForward:
     def __init__(self, via: str, url: BridgeURL) -> None:
         self._via, self._url = via, url
         self._lock = threading.Lock()
+        import tempfile
         # a socket that only its owner can use, in a directory of this node: no port to race for
         self._folder = Path(tempfile.mkdtemp(prefix="radical-edge-"))
         self._socket = self._folder / "bridge"
@@ -6662,6 +6691,7 @@ class _SshForward:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        import shutil
         shutil.rmtree(self._folder, True)
 
     def _ensure(self) -> "subprocess.Popen[bytes]":
@@ -7503,6 +7533,7 @@ class _Document:
     """A page as it is sent: its bytes, compressed too, and its policy. Never changes."""
 
     def __init__(self, body: bytes, policy: str) -> None:
+        import gzip
         self._body = body
         self._compressed = gzip.compress(self._body, 9)
         self._etag = hashlib.sha256(self._body).hexdigest()[:16]
@@ -9117,14 +9148,18 @@ class EdgeMemory:
             workers.stop()
 
 
-class _Opener(http.server.BaseHTTPRequestHandler):
+class _Opener:
     """Opens a client's connection, in a thread: the TLS handshake and the first request's head.
+
+    What a handler of http.server does otherwise: mixed into one, see _make_listener().
 
     These are what a slow or hostile client can draw out; the loop never waits for them. It is given
     the socket and the parser, with what was read so far.
     """
 
     server: "_Listener"
+    request: socket.socket
+    client_address: Tuple[Any, ...]
 
     def setup(self) -> None:
         self.request.settimeout(HANDSHAKE_S)
@@ -9223,20 +9258,23 @@ class _Handshake:
         self._gateway.handshakes.discard(self)
 
 
-class _Listener(http.server.ThreadingHTTPServer):
-    """Accepts connections, and starts a thread to open each, MAX_OPENING at a time."""
+class _Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """Accepts connections, and starts a thread to open each, MAX_OPENING at a time.
+
+    Mixed into the threading server of http.server, see _make_listener().
+    """
 
     request_queue_size = 1024
     daemon_threads = True
     block_on_close = False
 
     def __init__(self, address: Tuple[str, int], gateway: "Bridge",
-                 tls: Optional[ssl.SSLContext]) -> None:
+                 tls: Optional[ssl.SSLContext], opener: Type[_Opener]) -> None:
         self.gateway, self.tls = gateway, tls
         self._opening = threading.BoundedSemaphore(MAX_OPENING)
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
-        super().__init__(address, _Opener)
+        super().__init__(address, opener)
 
     def server_bind(self) -> None:
         # not HTTPServer's, which asks DNS for the host's name and may hang
@@ -9291,6 +9329,20 @@ class _Listener(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         bridge_log.exception("%s: connection failed", client_address[0])
+
+
+def _make_listener(address: Tuple[str, int], gateway: "Bridge", tls: Optional[ssl.SSLContext]
+                   ) -> _Listener:
+    """Return http.server's threading server, bound, with our ways to accept and to open."""
+    import http.server                            # here: an edge has no use for it
+
+    class Opener(_Opener, http.server.BaseHTTPRequestHandler):
+        pass
+
+    class Listener(_Listener, http.server.ThreadingHTTPServer):
+        pass
+
+    return Listener(address, gateway, tls, Opener)
 
 
 _OWN_SEGMENTS = frozenset(("", *RESERVED_NAMES - {BRIDGE_NAME}))    # with which they begin
@@ -9743,7 +9795,8 @@ class Bridge:
         self._request_timeout, self._heartbeat = request_timeout, heartbeat
         self._thread = LoopThread("bridge-loop")
         self.loop = self._thread.loop
-        self._listener = _Listener((host, port), self, server_tls(cert, key) if cert else None)
+        self._listener = _make_listener((host, port), self,
+                                        server_tls(cert, key) if cert else None)
         port = self._listener.server_address[1]
         shown = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
         self.url = str(BridgeURL(bool(cert), shown, port, ""))
@@ -10100,33 +10153,42 @@ def make_error(status: int, headers: Any, body: bytes) -> EdgeError:
     return error
 
 
-class _Connection(http.client.HTTPConnection):
-    """A connection of http.client, opened as all of ours are: proxy, TLS, pin."""
+def connect(target: Target, timeout: float = CLIENT_TIMEOUT_S) -> "http.client.HTTPConnection":
+    """Return a connection of http.client, opened as all of ours are: proxy, TLS, pin.
 
-    def __init__(self, host: str, target: Target, timeout: float = CLIENT_TIMEOUT_S) -> None:
-        super().__init__(host, timeout=timeout, blocksize=FILE_PIECE)
-        self.target = target
+    Raises NotSent when it cannot be, and ValueError for a bad proxy or certificate.
+    """
+    import http.client
+    connection = http.client.HTTPConnection(target.url.host, timeout=timeout, blocksize=FILE_PIECE)
+    connection.auto_open = 0                      # or it would open itself again, in its own way
+    try:
+        connection.sock = open_connection(target.url, target.cert)
+    except (OSError, ProtocolError) as error:
+        raise NotSent(explain(error)) from error
+    connection.sock.settimeout(timeout)
+    return connection
 
-    def connect(self) -> None:
-        try:
-            self.sock = open_connection(self.target.url, self.target.cert)
-        except (OSError, ProtocolError) as error:
-            raise NotSent(explain(error)) from error
-        self.sock.settimeout(self.timeout)
+
+def http_troubles() -> Tuple[Type[Exception], ...]:
+    """Return the errors of a connection or of what comes over it."""
+    import http.client
+    return OSError, ProtocolError, http.client.HTTPException
 
 
-class _Handler(urllib.request.AbstractHTTPHandler):
-    """Lets urllib use our connections."""
+def _make_opener(target: Target) -> "urllib.request.OpenerDirector":
+    """Return an opener of urllib that knows no other way than ours to `target`."""
+    import urllib.request
 
-    def __init__(self, target: Target) -> None:
-        super().__init__()
-        self._target = target
+    class Handler(urllib.request.AbstractHTTPHandler):
+        def http_open(self, request: urllib.request.Request) -> Any:
+            return self.do_open(lambda host, timeout: connect(target, timeout), request)
 
-    def http_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(_Connection, request, target=self._target)   # type: ignore[arg-type]
+        https_open = http_open
+        http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
-    https_open = http_open
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+    opener = urllib.request.OpenerDirector()
+    opener.add_handler(Handler())
+    return opener
 
 
 class Bridges:
@@ -10167,7 +10229,7 @@ class Bridges:
                 result = send(target)
                 self._reached = True
                 return result
-            except (OSError, ProtocolError, http.client.HTTPException) as error:
+            except http_troubles() as error:
                 tried += 1
                 sent = sent or not isinstance(error, NotSent)
                 if not self._may_repeat(error, sent, repeatable):
@@ -10196,7 +10258,7 @@ class Bridges:
         name, *rest = [urllib.parse.unquote(segment) for segment in path[1:].split("/")]
         if len(rest) < 2 or name in RESERVED_NAMES - {BRIDGE_NAME}:
             return                                # one of the bridge's own, which do no harm twice
-        connection = _Connection(target.url.host, target)
+        connection = connect(target)
         try:
             connection.request("POST", target.url.prefix + "/edge/list", headers=target.headers)
             edges = json.loads(connection.getresponse().read())["data"]["edges"]
@@ -10253,13 +10315,12 @@ def _urlopen(targets: List[Target], method: str, path: str, body: Any = None,
     signer = find_signer(client_key)
 
     def send(target: Target) -> Tuple[Any, bytes]:
+        import urllib.request
         signed = sign_request(signer, method, path, data, headers)
         request = urllib.request.Request(str(target.url) + path, data,
                                          {**target.headers, **headers, **signed}, method=method)
-        opener = urllib.request.OpenerDirector()
-        opener.add_handler(_Handler(target))
         try:
-            with opener.open(request, timeout=timeout) as reply:
+            with _make_opener(target).open(request, timeout=timeout) as reply:
                 return reply, reply.read()
         except urllib.error.URLError as error:
             raise error.reason if isinstance(error.reason, OSError) else error
@@ -10365,7 +10426,7 @@ class EventStream:
                 for event in self._read_once(target):
                     pause, self.trouble = BACKOFF_S[0], None
                     yield event
-            except (OSError, ProtocolError, http.client.HTTPException, ValueError) as error:
+            except (*http_troubles(), ValueError) as error:
                 self._on_trouble(target, error)
             self._closed.wait(min(pause, self._longest_pause) * random.uniform(0.5, 1.5))
             pause = min(pause * 2, BACKOFF_S[1])
@@ -10381,11 +10442,13 @@ class EventStream:
 
     def _read_once(self, target: Target) -> Iterator[Dict[str, Any]]:
         """Yield the events of one connection."""
-        connection = _Connection(target.url.host, target, timeout=(LINK_DEAD + 1) * HEARTBEAT_S)
         elsewhere = self._source not in (None, target)
-        try:
-            connection.connect()
+        with contextlib.ExitStack() as after:
+            after.callback(self._bridges.fail_over, target)
+            connection = connect(target, (LINK_DEAD + 1) * HEARTBEAT_S)
+            after.callback(connection.close)
             self._sock = connection.sock
+            after.callback(setattr, self, "_sock", None)
             headers = {**target.headers, "Accept": "text/event-stream"}
             if self._last_id:
                 # another bridge counts otherwise: take all it has, and drop what was seen
@@ -10396,10 +10459,6 @@ class EventStream:
                 self._refuse(reply)
             self._source = target
             yield from self._parse(reply, elsewhere)
-        finally:
-            self._sock = None
-            connection.close()
-            self._bridges.fail_over(target)
 
     def _parse(self, reply: http.client.HTTPResponse, elsewhere: bool) -> Iterator[Dict[str, Any]]:
         parser = EventParser()
@@ -10482,7 +10541,8 @@ class HttpClient:
                  signer: Optional[Signer] = None) -> None:
         self._bridges, self._timeout, self._signer = bridges, timeout, signer
         self._lock = threading.Lock()
-        self._idle: List[_Connection] = []        # guarded by _lock
+        # with the bridge of each; guarded by _lock
+        self._idle: List[Tuple[Target, http.client.HTTPConnection]] = []
 
     @property
     def is_signing(self) -> bool:
@@ -10522,7 +10582,7 @@ class HttpClient:
         def send(target: Target, again: bool = whole) -> HttpResponse:
             connection, reply = self._send(target, method, path, content, fields, timeout)
             response = HttpResponse(reply.status, reply.headers, self._read(connection, reply))
-            self._give_back(connection, reply)
+            self._give_back(target, connection, reply)
             if again and reply.headers.get("X-Signature") == "used":
                 return send(target, again=False)  # a bridge sent it twice; the key makes it one
             return response
@@ -10553,12 +10613,12 @@ class HttpClient:
         """Close the idle connections."""
         with self._lock:
             idle, self._idle = self._idle, []
-        for connection in idle:
+        for _, connection in idle:
             connection.close()
 
     def _send(self, target: Target, method: str, path: str, content: Any,
               fields: Dict[str, str], timeout: Optional[float] = None
-              ) -> Tuple[_Connection, http.client.HTTPResponse]:
+              ) -> Tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         signed = sign_request(self._signer, method, path, content, fields)
         connection = self._take(target)
         try:
@@ -10575,43 +10635,44 @@ class HttpClient:
             raise
 
     @staticmethod
-    def _read_early(connection: _Connection, error: OSError) -> http.client.HTTPResponse:
+    def _read_early(connection: http.client.HTTPConnection, error: OSError
+                    ) -> http.client.HTTPResponse:
         """Return the answer that a bridge gave before it had the whole body, and then closed."""
         try:
             reply = connection.getresponse()
-        except (OSError, http.client.HTTPException):
+        except http_troubles():
             raise error from None
         reply.will_close = True
         return reply
 
     @staticmethod
-    def _read(connection: _Connection, reply: http.client.HTTPResponse) -> bytes:
+    def _read(connection: http.client.HTTPConnection, reply: http.client.HTTPResponse) -> bytes:
         try:
             return reply.read()
         except BaseException:
             connection.close()
             raise
 
-    def _take(self, target: Target) -> _Connection:
+    def _take(self, target: Target) -> http.client.HTTPConnection:
         while True:
             with self._lock:
-                connection = self._idle.pop() if self._idle else None
-            if connection is None:
-                made = _Connection(target.url.host, target, self._timeout)
-                made.connect()
-                return made
+                if not self._idle:
+                    break
+                of, connection = self._idle.pop()
             # an idle connection that is readable was closed by the bridge
-            if connection.target is target and not _is_readable(connection.sock):
+            if of is target and not _is_readable(connection.sock):
                 return connection
             connection.close()
+        return connect(target, self._timeout)
 
-    def _give_back(self, connection: _Connection, reply: http.client.HTTPResponse) -> None:
+    def _give_back(self, target: Target, connection: http.client.HTTPConnection,
+                   reply: http.client.HTTPResponse) -> None:
         if reply.will_close or connection.sock is None:
             connection.close()
             return
         with self._lock:
             if len(self._idle) < self.MAX_IDLE:
-                self._idle.append(connection)
+                self._idle.append((target, connection))
                 return
         connection.close()
 
@@ -11663,7 +11724,8 @@ def _check_files(options: argparse.Namespace) -> str:
 
 def _check_clock(target: Target) -> str:
     """Compare clocks: expiry dates and signatures depend on them."""
-    connection = _Connection(target.url.host, target, HANDSHAKE_S)
+    from email.utils import parsedate_to_datetime
+    connection = connect(target, HANDSHAKE_S)
     try:
         connection.request("GET", target.url.prefix + "/health")
         date = connection.getresponse().headers.get("Date", "")
@@ -11748,6 +11810,7 @@ def _check_plugins(options: argparse.Namespace) -> bool:
     for path in options.plugin_file:
         load_plugin_file(path)
     load_entry_points()
+    import tempfile
     with tempfile.TemporaryDirectory() as scratch:
         host = PluginHost("check", ROLE_EDGE, Path(scratch), notify=lambda *_: None,
                           changed=lambda: None, policy=_find_policy(options))

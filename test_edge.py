@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import gc
 import hashlib
+import http.client
 import importlib
 import json
 import os
@@ -5229,12 +5230,19 @@ def test_a_client_keeps_its_connections_also_beside_very_many_files(edge, bridge
         with BridgeClient(bridge.url) as client:
             for _ in range(2):
                 assert client.list_edges() == ["e1"]
-            (connection,) = client.http._idle
+            ((_, connection),) = client.http._idle
             assert connection.sock.fileno() > 1024
     finally:
         for file in files:
             os.close(file)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_connection_is_not_opened_again_in_another_way_than_ours(bridge):
+    connection = radical_edge.connect(radical_edge.find_bridges(bridge.url)[0])
+    connection.close()
+    with pytest.raises(http.client.NotConnected):
+        connection.request("GET", "/health")
 
 
 def test_a_client_is_used_by_many_threads(edge, bridge):
@@ -6650,6 +6658,15 @@ def free_port():
     """Return a port that nobody listens on now."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
+
+
+def test_what_an_edge_at_rest_has_no_use_for_is_not_imported():
+    code = "import radical_edge, plugins, sys; print(*sys.modules)"
+    imported = subprocess.run([sys.executable, "-S", "-c", code], cwd=str(ROOT), check=True,
+                              capture_output=True, text=True).stdout.split()
+    assert "asyncio" in imported
+    assert not {"ctypes", "datetime", "email", "http.client", "http.server", "importlib.metadata",
+                "urllib.request", "uuid"} & set(imported)
 
 
 @pytest.mark.parametrize("way", [[SCRIPT], ["-m", "radical_edge"], ["-B", "-X", "utf8", SCRIPT]])
