@@ -2511,13 +2511,15 @@ def read_private(path: Path) -> Optional[str]:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            text = file.read(MAX_PRIVATE_FILE)
+            known = os.fstat(file.fileno())
+            # Python makes room for all that is asked for, which `ulimit -v` may not allow
+            size = known.st_size if stat.S_ISREG(known.st_mode) else MAX_HEAD
+            text = file.read(min(size, MAX_PRIVATE_FILE))
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise EdgeError(f"{path} cannot be read: {error}") from None
-    if mode & 0o077:
+    if known.st_mode & 0o077:
         raise EdgeError(f"{path} can be read by others: chmod 600 {path}")
     return text.strip()
 

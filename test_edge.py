@@ -6660,6 +6660,17 @@ def free_port():
         return server.getsockname()[1]
 
 
+def test_a_small_file_is_read_without_room_for_the_largest(tmp_path):
+    path = tmp_path / "token"
+    radical_edge.write_private(path, "grün\n")
+    tracemalloc.start()
+    try:
+        assert radical_edge.read_private(path) == "grün"
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_what_an_edge_at_rest_has_no_use_for_is_not_imported():
     code = "import radical_edge, plugins, sys; print(*sys.modules)"
     imported = subprocess.run([sys.executable, "-S", "-c", code], cwd=str(ROOT), check=True,
