@@ -42,19 +42,15 @@ if (__name__ == "__main__" and __spec__ is None and {"--bridge", "--edge"} & set
         and os.path.basename(os.path.realpath(__file__)) == "radical_edge.py"):
     # What is to run for long is started anew, in the same process, as a module: of that, Python
     # keeps the compiled code for the next start, and does not keep the syntax tree (12 MB). What is
-    # not compiled yet is so now, for some of the memory that this takes is never given back.
-    import importlib.util
+    # not compiled yet is now, for some of the memory which that takes is never given back.
     script = os.path.realpath(__file__)
     folder = os.path.dirname(script)
-    for source in (script, f"{folder}/plugins.py"):
-        compiled = importlib.util.cache_from_source(source)
-        if (os.path.exists(source) and os.access(folder, os.W_OK) and not sys.dont_write_bytecode
-                and not (os.path.exists(compiled)
-                         and os.path.getmtime(compiled) >= os.path.getmtime(source))):
-            import py_compile
+    if os.access(folder, os.W_OK) and not sys.dont_write_bytecode:
+        from importlib.machinery import SourceFileLoader
+        for source in (script, f"{folder}/plugins.py"):
             try:
-                py_compile.compile(source, quiet=2)
-            except OSError:                       # others own the cache, or the disk is full
+                SourceFileLoader("_", source).get_code("_")
+            except (OSError, SyntaxError):        # who needs the file says what is wrong with it
                 pass
     os.execv(sys.executable, [
         # what stood before the script's name; Python 3.9 does not know

@@ -6693,6 +6693,19 @@ def test_a_bridge_starts_as_a_script_and_as_a_module(way, home):
         process.stdout.close()
 
 
+def test_what_serves_is_compiled_before_it_starts_and_a_broken_plugin_file_harms_no_bridge(
+        tmp_path, home, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT",
+                        shutil.copy(SCRIPT, str(tmp_path / "radical_edge.py")))
+    for text in ((ROOT / "plugins.py").read_text(), "def broken(:\n"):
+        (tmp_path / "plugins.py").write_text(text)
+        bridge = Process("--bridge", "--port", "0", expect="bridge: http",
+                         env={"PYTHONDONTWRITEBYTECODE": ""})
+        assert bridge.end()[0] == 0
+        compiled = {path.name.partition(".")[0] for path in tmp_path.glob("__pycache__/*.pyc")}
+        assert compiled == {"radical_edge", "plugins"}
+
+
 def test_the_core_runs_when_it_is_the_only_file(tmp_path, home):
     shutil.copy(SCRIPT, tmp_path / "radical_edge.py")
     process = subprocess.Popen([sys.executable, "-I", "-S", str(tmp_path / "radical_edge.py"),
