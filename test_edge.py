@@ -6200,7 +6200,9 @@ def run(*arguments, env=None, status=0):
 
 
 def bridge_url(process):
-    return next(line for line in process.lines if line.startswith("bridge: http")).split()[1]
+    """Return the URL that a bridge printed, which may be read later than what it logged since."""
+    return wait_until(lambda: next((line for line in process.lines
+                                    if line.startswith("bridge: http")), None)).split()[1]
 
 
 def test_help_names_every_option_and_fits_on_a_screen():
