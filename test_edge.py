@@ -9,7 +9,9 @@ import asyncio
 import base64
 import concurrent.futures
 import contextlib
+import functools
 import gc
+import gzip
 import hashlib
 import http.client
 import importlib
@@ -21,6 +23,7 @@ import resource
 import shutil
 import signal
 import socket
+import socketserver
 import ssl
 import subprocess
 import sys
@@ -43,6 +46,12 @@ LONG = bool(os.environ.get("RADICAL_EDGE_LONG"))   # the long forms: see the REA
 ROOT = Path(__file__).resolve().parent
 SCRIPT = str(ROOT / "radical_edge.py")
 REQUIRED = os.environ.get("RADICAL_EDGE_REQUIRE", "").split(",")     # now: `home` unsets it
+
+# A listener in this process looks this often whether it is to stop: a fifth of a second for each of
+# the many bridges of the tests would be minutes of waiting.
+SERVE = socketserver.BaseServer.serve_forever
+socketserver.BaseServer.serve_forever = lambda self, poll_interval=0: SERVE(self, 0.01)
+gzip.compress = functools.lru_cache(4)(gzip.compress)     # each bridge compresses the same page
 
 
 # ---------------------------------------------------------------------------
@@ -6190,9 +6199,16 @@ def start():
         process.end()
 
 
+def command(*arguments):
+    """Return a command of ours, run as a module: a script would be compiled at each start."""
+    code = ("import sys; sys.path[0] = sys.argv.pop(1); import radical_edge; "
+            "sys.exit(radical_edge.main())")
+    return [sys.executable, "-c", code, os.path.dirname(SCRIPT), *arguments]
+
+
 def run(*arguments, env=None, status=0):
     """Run a command to its end; return its output. Fails unless it exits with `status`."""
-    done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True,
+    done = subprocess.run(command(*arguments), capture_output=True, text=True,
                           timeout=60, env={**os.environ, **(env or {})})
     assert done.returncode == status, (done.stdout, done.stderr)
     assert "Traceback" not in done.stderr
@@ -6207,6 +6223,7 @@ def bridge_url(process):
 
 def test_help_names_every_option_and_fits_on_a_screen():
     text = run("--help")
+    assert subprocess.check_output([sys.executable, SCRIPT, "--help"], text=True) == text
     assert len(text.splitlines()) <= 36 and max(map(len, text.splitlines())) <= 100
     assert text.count("python3 radical_edge.py --") >= 3
     for action in radical_edge.make_parser()._actions:
@@ -6288,7 +6305,7 @@ def test_tokens_on_the_command_line(home, start):
     assert "no edge is connected" in run("--list", *arguments, env={"RADICAL_BRIDGE_TOKEN": token})
     run("--token", "revoke", "bob")
     wait_until(lambda: subprocess.run(
-        [sys.executable, SCRIPT, "--list", *arguments], capture_output=True,
+        command("--list", *arguments), capture_output=True,
         env={**os.environ, "RADICAL_BRIDGE_TOKEN": token}).returncode == 1)
     assert "no token named" in run("--token", "revoke", "bob", status=1)
     for wrong in (("--token", "add"), ("--token", "paint"), ("--token", "add", "x", "--scope", "k"),
@@ -6474,7 +6491,7 @@ def test_check_says_line_by_line_what_works(start, home):
     token = run("--token", "add", "site", "--scope", "edge").strip()
 
     def check_as_edge():
-        done = subprocess.run([sys.executable, SCRIPT, "--check"], capture_output=True, text=True,
+        done = subprocess.run(command("--check"), capture_output=True, text=True,
                               env={**os.environ, "RADICAL_BRIDGE_TOKEN": token})
         return done.returncode == 0 and done.stdout
 
