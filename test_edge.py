@@ -2057,7 +2057,7 @@ def test_a_client_that_does_not_read_its_answer_is_closed(bridge, raw, monkeypat
     for _ in range(20_000):                       # more answers than the buffers of the system
         try:
             client.sock.settimeout(0.2)
-            client.send_request("GET", "/openapi.json")
+            client.send_request("GET", "/")       # a large one
         except (socket.timeout, ConnectionError):
             break
     wait_until(lambda: not bridge.connections)
@@ -3500,7 +3500,7 @@ def test_a_session_that_was_closed_while_another_expired_does_not_stop_the_expir
 
     class Lazy(Plugin):
         session_class = Slow
-        session_ttl = 2
+        session_ttl = 1
 
     host.add(Lazy, "lazy")
     first, second = (ask(host, "POST", "/lazy/register_session")[1]["sid"] for _ in range(2))
@@ -3713,7 +3713,8 @@ def test_a_plugin_that_fails_to_stop_is_logged_and_its_sessions_are_kept(home, c
     assert json.loads(kept.read_text())["sessions"][sid]["state"] == {"count": 7}
 
 
-def test_a_plugin_that_does_not_stop_is_named_in_the_log(home, caplog):
+def test_a_plugin_that_does_not_stop_is_named_in_the_log(home, caplog, monkeypatch):
+    monkeypatch.setattr(radical_edge, "STOP_S", 0.5)
     ends = threading.Event()
 
     class Stuck(Plugin):
@@ -3948,7 +3949,7 @@ def start_edge(bridge, tokens, name="e1", **options):
     return running
 
 
-@pytest.mark.parametrize("path", ["/e1/echo/plain/5", "/e1/echo/block/5", pytest.param(
+@pytest.mark.parametrize("path", ["/e1/echo/plain/3", "/e1/echo/block/3", pytest.param(
     "/e1/echo/plain/60", marks=pytest.mark.skipif(not LONG, reason="RADICAL_EDGE_LONG=1: 60 s"))])
 def test_a_handler_that_blocks_loses_no_heartbeat_and_holds_up_no_other_plugin(tokens, path):
     """With a heartbeat of 0.25 s, a link is dead after 0.5 s of silence."""
@@ -5440,14 +5441,14 @@ def test_a_bridge_that_starts_late_is_waited_for_as_well(tokens):
 
 def test_waiting_in_vain_says_what_there_is_instead(bridge, fake_edge):
     with BridgeClient(bridge.url) as client:
-        wanted = "no edge 'f1' or 'f2' within 2 s; {} has {}"
+        wanted = "no edge 'f1' or 'f2' within 0.5 s; {} has {}"
         with pytest.raises(TimeoutError) as caught:
-            client.wait_for_edge(["f1", "f2"], timeout=2)
+            client.wait_for_edge(["f1", "f2"], timeout=0.5)
         assert str(caught.value) == wanted.format(bridge.url, "none")
         fake_edge("a").hear("topology")
         fake_edge("b").hear("topology")
         with pytest.raises(TimeoutError) as caught:
-            client.wait_for_edge(["f1", "f2"], timeout=2)
+            client.wait_for_edge(["f1", "f2"], timeout=0.5)
         assert str(caught.value) == wanted.format(bridge.url, "a, b")
     with BridgeClient(bridge.url, token="wrong") as client:
         with pytest.raises(radical_edge.Unauthorized):
@@ -6595,8 +6596,8 @@ def test_tls_is_verified_by_certificate_or_pin_and_refused_without(start, certif
 
 
 def test_a_large_file_goes_up_and_down_through_tls_in_little_memory(start, certificate, tmp_path):
-    """256 MiB, or 4 GiB in the long form; whole files are not to be held in memory."""
-    size = (4096 if LONG else 256) * 1024 * 1024
+    """128 MiB, or 4 GiB in the long form; whole files are not to be held in memory."""
+    size = (4096 if LONG else 128) * 1024 * 1024
     path, digest = tmp_path / "file", hashlib.sha256()
     with open(path, "wb") as file:
         for _ in range(size // (1 << 20)):
