@@ -59,15 +59,19 @@ gzip.compress = functools.lru_cache(4)(gzip.compress)     # each bridge compress
 # ---------------------------------------------------------------------------
 
 def wait_until(condition, timeout=30.0, what="the condition"):
-    """Return condition()'s first true value; fail after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
+    """Return condition()'s first true value; fail after `timeout` seconds.
+
+    What takes long is looked at less often, for looking may cost much: 20 times a second after 1 s.
+    """
+    begin = time.monotonic()
     while True:
         value = condition()
         if value:
             return value
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - begin
+        if waited > timeout:
             pytest.fail(f"{what} did not come true within {timeout:.0f} s")
-        time.sleep(0.01)
+        time.sleep(min(max(0.01, waited / 20), 0.1))
 
 
 def needs(area, present, what):

@@ -8,6 +8,7 @@ radical_pilot`: RADICAL_EDGE_REQUIRE=dragon,radical_pilot.
 """
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -30,6 +31,7 @@ MODULES = {"rhapsody": "rhapsody, distributed", "dragon": "rhapsody, dragon, fla
            "radical_pilot": "rhapsody, radical.pilot"}
 
 
+@functools.lru_cache(maxsize=None)
 def find_python(area):
     """Return a Python that has what an area needs; skip the test when there is none."""
     for python in (str(PYTHONS[area]), sys.executable):
@@ -128,16 +130,19 @@ def test_pickled_functions_run_where_they_are_allowed(edge_with, connect, backen
     assert done["_return_value_encoding"] == "cloudpickle"
 
 
-@pytest.mark.parametrize("task, word", [
+WRONG_TASKS = [
     ({"function": "no_such_module_here:f"}, "no_such_module_here"),
     ({"function": "math:pi"}, "function"), ({"prompt": "hello"}, "prompt"),
     ({"function": "math:sqrt", "cwd": "/"}, "cwd"), ({"executable": "true", "ranks": 2}, "ranks"),
     ({"executable": "true", "backend": "local"}, "backend"),
-])
-def test_a_wrong_task_is_422_and_none_of_its_batch_runs(session, tmp_path, task, word):
-    error = refusal(session.submit_tasks, [script(f"touch {tmp_path}/ran"), task])
-    assert isinstance(error, Unprocessable) and word in error.detail
-    assert session.list_tasks() == {"tasks": []} and not (tmp_path / "ran").exists()
+]
+
+
+def test_a_wrong_task_is_422_and_none_of_its_batch_runs(session, tmp_path):
+    for task, word in WRONG_TASKS:
+        error = refusal(session.submit_tasks, [script(f"touch {tmp_path}/ran"), task])
+        assert isinstance(error, Unprocessable) and word in error.detail, (task, error)
+        assert session.list_tasks() == {"tasks": []} and not (tmp_path / "ran").exists(), task
 
 
 def test_cancel_of_running_programs_leaves_no_process(session):
