@@ -285,6 +285,7 @@ def test_an_edge_that_sends_anything_crashes_no_bridge_and_harms_no_other(bridge
 
 def test_an_edge_that_reads_nothing_does_not_fill_the_bridge(bridge, tokens, raw, monkeypatch):
     monkeypatch.setattr(radical_edge, "MAX_LINK_BUFFER", 4 * 1024 * 1024)
+    monkeypatch.setattr(bridge._registry, "_grace", 1.0)
     fake = FakeEdge(bridge, tokens[1]["edge"], "f1")
     fake.hear("topology")
     before = memory()
