@@ -566,7 +566,7 @@ def describe_tree(top):
 
 def test_a_tree_of_two_thousand_small_files_goes_there_and_back(wire, scene):
     top = scene.here / "tree"
-    count = make_tree(top, 2000)
+    count = make_tree(top, 2000 if LONG else 500)
     (top / "dangling").symlink_to("nowhere")
     os.mkfifo(top / "fifo")
     seen = []
@@ -595,7 +595,7 @@ def test_a_tree_of_two_thousand_small_files_goes_there_and_back(wire, scene):
 
 def test_a_tree_is_moved_over_a_link_that_is_cut(scene):
     top = scene.here / "tree"
-    make_tree(top, 3000)
+    make_tree(top, 3000 if LONG else 1000)
     wanted = None
     for go, paths in ((scene.client.put, (top, scene.path("tree"))),
                       (scene.client.get, (scene.path("tree"), scene.here / "back"))):
