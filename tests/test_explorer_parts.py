@@ -92,10 +92,9 @@ def test_an_installed_package_has_the_page(tmp_path):
     wheel = next(tmp_path.glob("*.whl"))
     assert any(name.endswith("explorer.html") for name in zipfile.ZipFile(wheel).namelist())
     target = tmp_path / "target"
-    subprocess.run([sys.executable, "-m", "venv", str(target)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(target)], check=True)
     python = str(target / "bin" / "python")
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps",
-                    "--disable-pip-version-check", str(wheel)], check=True)
+    subprocess.run([*pip, "--python", python, "install", "-q", "--no-deps", str(wheel)], check=True)
     code = "import radical_edge; print(radical_edge._find_explorer())"
     found = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True,
                            cwd=tmp_path).stdout.strip()
