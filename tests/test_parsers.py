@@ -23,7 +23,7 @@ import plugins                                                            # noqa
 import radical_edge                                                       # noqa: E402
 from radical_edge import EdgeError, EventParser, ProtocolError            # noqa: E402
 
-EXAMPLES = 200_000 if os.environ.get("RADICAL_EDGE_LONG") else 500
+EXAMPLES = 200_000 if os.environ.get("RADICAL_EDGE_LONG") else 200
 # the fixture `home` is the same for all examples, which touch no file
 few = settings(max_examples=EXAMPLES, deadline=None, database=None, derandomize=False,
                suppress_health_check=list(HealthCheck))
