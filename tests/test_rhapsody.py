@@ -692,7 +692,7 @@ def test_a_session_is_its_owners(task_edge, connect, tokens, bridge):
 def test_ten_thousand_tasks_through_a_bridge_are_counted(task_edge, connect, task, value):
     task_edge()
     session = connect()
-    many = 10_000 if LONG or "function" in task else 2_000     # programs that cost ten times as much
+    many = 10_000 if LONG or "function" in task else 2_000     # programs cost ten times as much
     uids = [task["uid"] for task in session.submit_tasks([dict(task) for _ in range(many)])]
     assert len(set(uids)) == many
     ended = session.wait_tasks(uids, 600)
