@@ -3953,7 +3953,7 @@ def start_edge(bridge, tokens, name="e1", **options):
     return running
 
 
-@pytest.mark.parametrize("path", ["/e1/echo/plain/3", "/e1/echo/block/3", pytest.param(
+@pytest.mark.parametrize("path", ["/e1/echo/plain/3", "/e1/echo/block/5", pytest.param(
     "/e1/echo/plain/60", marks=pytest.mark.skipif(not LONG, reason="RADICAL_EDGE_LONG=1: 60 s"))])
 def test_a_handler_that_blocks_loses_no_heartbeat_and_holds_up_no_other_plugin(tokens, path):
     """With a heartbeat of 0.25 s, a link is dead after 0.5 s of silence."""

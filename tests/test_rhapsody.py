@@ -689,7 +689,7 @@ def test_a_session_is_its_owners(task_edge, connect, tokens, bridge):
 @pytest.mark.parametrize("task, value", [
     ({"executable": "/bin/true"}, None), ({"function": "math:sqrt", "args": [9]}, 3.0)],
     ids=["programs", "functions"])
-def test_ten_thousand_tasks_through_a_bridge_are_counted(task_edge, connect, task, value):
+def test_thousands_of_tasks_through_a_bridge_are_counted(task_edge, connect, task, value):
     task_edge()
     session = connect()
     many = 10_000 if LONG or "function" in task else 2_000     # programs cost ten times as much

@@ -256,7 +256,7 @@ def test_a_function_that_has_begun_in_a_thread_cannot_be_ended_and_that_is_said(
 @pytest.mark.parametrize("task, value", [
     ({"executable": "/bin/true"}, None), ({"function": "math:sqrt", "args": [9]}, 3.0)],
     ids=["programs", "functions"])
-def test_ten_thousand_tasks_through_a_bridge_are_counted(session, backend, task, value):
+def test_thousands_of_tasks_through_a_bridge_are_counted(session, backend, task, value):
     many = 10_000                                 # which take dask minutes
     if not LONG:
         many = {("concurrent", "executable"): 2_000, ("dask", "executable"): 500,

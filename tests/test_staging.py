@@ -564,7 +564,7 @@ def describe_tree(top):
             if path.is_file() else "dir" for path in top.rglob("*") if not path.is_symlink()}
 
 
-def test_a_tree_of_two_thousand_small_files_goes_there_and_back(wire, scene):
+def test_a_tree_of_many_small_files_goes_there_and_back(wire, scene):
     top = scene.here / "tree"
     count = make_tree(top, 2000 if LONG else 500)
     (top / "dangling").symlink_to("nowhere")
