@@ -6838,7 +6838,8 @@ class _StreamCall(Call):
     def __init__(self, link: "_BridgeLink", stream: int, incoming: EdgeRequest,
                  ended: bool) -> None:
         super().__init__(incoming, None if ended else BodyReader(self._on_read))
-        self._link, self._channel, self._stream = link, link.channel, stream
+        self._link, self.stream = link, stream
+        self._channel, self.load = link.channel, link.load       # a later link has others
         self._received = None if ended else ReceiveWindow()      # of the request's body
         self._window: Optional[SendWindow] = None                # of the answer's; set by begin()
         self.is_streaming = False                 # set once the answer's body is on its way
@@ -6846,13 +6847,13 @@ class _StreamCall(Call):
     def respond(self, response: Response) -> None:
         """Answer, whole."""
         head = self._encode_head(response, end=True)
-        self._link.forget(self._stream)
+        self._link.forget(self)
         if not self.cancelled:
             self._link.send_wire(self._channel, head, response.body)
 
     def begin(self, response: Response) -> None:
         """Send the status and the fields; the body follows. Raises Unavailable."""
-        self._link.load.begin(self)
+        self.load.begin(self)
         self._window = SendWindow()
         if self.cancelled:                        # cancel() has looked for the window already
             self._window.close()
@@ -6865,7 +6866,7 @@ class _StreamCall(Call):
             return 0
         size = self._window.take(min(len(piece), DATA_SIZE))
         if size:
-            head = encode_wire(Kind.DATA, self._stream)
+            head = encode_wire(Kind.DATA, self.stream)
             self._link.send_wire(self._channel, head, piece[:size])
         return size
 
@@ -6878,17 +6879,17 @@ class _StreamCall(Call):
 
     def finish(self) -> None:
         """End the body."""
-        self._link.forget(self._stream)
-        self._link.send_wire(self._channel, encode_wire(Kind.DATA, self._stream, end=True))
+        self._link.forget(self)
+        self._link.send_wire(self._channel, encode_wire(Kind.DATA, self.stream, end=True))
 
     def abort(self, error: EdgeError) -> None:
         """Give up in the middle of the body."""
         if not self.is_streaming:
             self.respond(error_response(error))
             return
-        self._link.forget(self._stream)
+        self._link.forget(self)
         if not self.cancelled:
-            self._link.send_wire(self._channel, encode_wire(Kind.CANCEL, self._stream),
+            self._link.send_wire(self._channel, encode_wire(Kind.CANCEL, self.stream),
                                  error.detail.encode())
 
     def cancel(self) -> None:
@@ -6916,7 +6917,7 @@ class _StreamCall(Call):
     def _on_read(self, size: int) -> None:
         credit = self._received.on_consumed(size, self._link.streams)
         if credit:
-            payload = encode_wire_number(Kind.CREDIT, self._stream, credit)
+            payload = encode_wire_number(Kind.CREDIT, self.stream, credit)
             self._link.send_wire(self._channel, payload)
 
     def _encode_head(self, response: Response, *, end: bool) -> bytes:
@@ -6924,12 +6925,12 @@ class _StreamCall(Call):
         edge_log.debug("%s: > %d", incoming.req_id, response.status_code)
         try:
             text = encode_wire_answer(response.status_code, response.headers)
-            return encode_wire(Kind.RESPONSE, self._stream, text, end=end)
+            return encode_wire(Kind.RESPONSE, self.stream, text, end=end)
         except (TypeError, ValueError) as error:  # fields that are no text: the plugin's mistake
             failure = _failure_response(error, Request(incoming.method, incoming.target,
                                                        incoming.headers))
             response.body = failure.body
-            return encode_wire(Kind.RESPONSE, self._stream,
+            return encode_wire(Kind.RESPONSE, self.stream,
                                [failure.status_code, failure.headers], end=end)
 
 
@@ -7019,11 +7020,12 @@ class _BridgeLink:
         """How many requests are under way."""
         return len(self._calls)
 
-    def forget(self, stream: int) -> None:
-        """Take no more notice of a stream."""
-        call_ = self._calls.pop(stream, None)
-        if call_ is not None:
-            self.load.leave(call_)
+    def forget(self, call_: _StreamCall) -> None:
+        """Take no more notice of a request, which may be of an earlier connection than this."""
+        calls = self._calls
+        if calls.get(call_.stream) is call_:
+            calls.pop(call_.stream, None)
+        call_.load.leave(call_)
 
     def send_wire(self, channel: Channel, head: bytes,
                   body: Union[bytes, memoryview] = b"") -> None:
@@ -7171,7 +7173,7 @@ class _BridgeLink:
         elif frame.kind is Kind.CREDIT:
             call_.on_credit(frame.number)
         elif frame.kind is Kind.CANCEL:
-            self.forget(frame.stream)
+            self.forget(call_)
             edge_log.debug("%s: cancelled", call_.incoming.req_id)
             call_.cancel()
 

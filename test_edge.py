@@ -4124,6 +4124,53 @@ class Relay:
             thread.join(10)
 
 
+def test_the_answer_to_a_request_of_a_lost_link_takes_no_body_from_one_of_the_next(tokens):
+    """Both may have the same stream number: each link counts anew."""
+    begun, may_end, reading = threading.Event(), threading.Event(), threading.Event()
+
+    class Busy(Plugin):
+        @post("slow")
+        def slow(self, request):
+            begun.set()
+            return {"ended": may_end.wait(30)}
+
+        @post("take")
+        def take(self, request):
+            size = 0
+            for piece in request.iter_body():
+                size += len(piece)
+                reading.set()
+            return {"size": size}
+
+    bridge = Bridge(port=0, tokens=tokens[0]).start()
+    edge = start_edge(bridge, tokens)
+    try:
+        edge.host.add(Busy, "busy")
+        first, second = Raw(bridge, tokens[1]["admin"]), Raw(bridge, tokens[1]["admin"])
+        first.send_request("POST", "/e1/busy/slow")
+        assert begun.wait(10)
+        link = bridge._registry.links["e1"]
+        bridge.loop.call_soon_threadsafe(link.channel.close, "a test")
+        assert first.reply()[0] == 503
+        wait_until(lambda: bridge._registry.links.get("e1", link) is not link)
+        bridge._registry.links["e1"].requests._counter = link.requests._counter - 1
+        half = b"x" * 1_000_000
+        second.send(f"POST /e1/busy/take HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer "
+                    f"{second.token}\r\nContent-Length: {2 * len(half)}\r\n\r\n".encode() + half)
+        assert reading.wait(10)
+        may_end.set()
+        wait_until(lambda: edge.host._hosted["busy"].workers._idle)
+        second.send(half)
+        second.sock.settimeout(20)
+        status, _, body = second.reply()
+        assert (status, json.loads(body)) == (200, {"size": 2 * len(half)})
+        assert edge._links[0].streams == 0
+    finally:
+        may_end.set()
+        edge.stop()
+        bridge.stop()
+
+
 def test_both_sides_notice_a_link_that_is_half_open(tokens):
     bridge = Bridge(port=0, tokens=tokens[0], heartbeat=0.2).start()
     relay = Relay(bridge._listener.server_address[1])
