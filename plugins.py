@@ -11469,10 +11469,12 @@ class PluginLucid(Plugin):
     def is_enabled(self) -> bool:
         """Whether radical.pilot is there, in the Python that the child will run."""
         python = pilot_python()
-        is_here = python != sys.executable or importlib.util.find_spec("radical") is not None
+        # a child that finds no more than this process need not be asked, which takes 50 ms
+        may_be_here = python != sys.executable or "PYTHONPATH" in os.environ or \
+            importlib.util.find_spec("radical") is not None
         search = "import importlib.util, sys; sys.exit(importlib.util.find_spec('radical.pilot')" \
                  " is None)"
-        if is_here and run_command([python, "-c", search], 10 * COMMAND_S) is not None:
+        if may_be_here and run_command([python, "-c", search], 10 * COMMAND_S) is not None:
             return True
         self.why_disabled = (f"radical.pilot is not installed for {python}: pip install "
                              "radical.pilot, or name another Python in RADICAL_LUCID_PYTHON")
