@@ -595,7 +595,7 @@ def test_a_tree_of_many_small_files_goes_there_and_back(wire, scene):
 
 def test_a_tree_is_moved_over_a_link_that_is_cut(scene):
     top = scene.here / "tree"
-    make_tree(top, 3000)
+    make_tree(top, 3000 if LONG else 1000)
     wanted = None
     for go, paths in ((scene.client.put, (top, scene.path("tree"))),
                       (scene.client.get, (scene.path("tree"), scene.here / "back"))):
