@@ -5473,12 +5473,16 @@ def load_plugin_file(path: str) -> None:
 
 def _has_entry_points(group: str) -> bool:
     """Whether an installed package may have entry points of a group."""
-    for folder in map(Path, sys.path):
-        for file in (*folder.glob("*-info/entry_points.txt"), folder / "EGG-INFO/entry_points.txt"):
-            with contextlib.suppress(OSError):
-                if group.encode() in file.read_bytes():
-                    return True
-    return any(os.path.isfile(path) for path in sys.path)        # an archive: to be looked into
+    def names_group(file: Path) -> bool:
+        try:
+            return group.encode() in file.read_bytes()
+        except OSError:
+            return False
+
+    if any(os.path.isfile(path) for path in sys.path):           # an archive, which may have some
+        return True
+    return any(names_group(file) for folder in map(Path, sys.path) for file in (
+        *folder.glob("*-info/entry_points.txt"), folder / "EGG-INFO/entry_points.txt"))
 
 
 def load_entry_points() -> None:
