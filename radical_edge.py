@@ -6859,9 +6859,9 @@ class _StreamCall(Call):
         """Send the status and the fields; the body follows. Raises Unavailable."""
         self.load.begin(self)
         self._window = SendWindow()
-        if self.cancelled:                        # cancel() has looked for the window already
-            self._window.close()
-        self.is_streaming = True
+        self.is_streaming = True                  # before the next line: see _cancel_calls()
+        if self.cancelled or self._channel.closed:               # nobody else will, any more
+            self.cancel()
         self._link.send_wire(self._channel, self._encode_head(response, end=False))
 
     def try_write(self, piece: memoryview) -> int:

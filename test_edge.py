@@ -4171,6 +4171,51 @@ def test_the_answer_to_a_request_of_a_lost_link_takes_no_body_from_one_of_the_ne
         bridge.stop()
 
 
+@pytest.mark.parametrize("route", ["large", "stream"])
+def test_an_answer_in_pieces_that_begins_after_its_link_was_lost_ends_at_once(tokens, route):
+    """Nobody on the next link will ever give credit for it."""
+    begun, may_end, closed = threading.Event(), threading.Event(), threading.Event()
+
+    class Busy(Plugin):
+        @post("large")
+        def large(self, request):
+            begun.set()
+            may_end.wait(30)
+            closed.set()
+            return Response(bytes(1_000_000))
+
+        @post("stream")
+        def stream(self, request):
+            begun.set()
+            may_end.wait(30)
+            return StreamingResponse(self.make())
+
+        def make(self):
+            try:
+                yield from pieces_of(1_000_000_000)
+            finally:
+                closed.set()
+
+    bridge = Bridge(port=0, tokens=tokens[0]).start()
+    edge = start_edge(bridge, tokens)
+    try:
+        edge.host.add(Busy, "busy")
+        hosted, client = edge.host._hosted["busy"], Raw(bridge, tokens[1]["admin"])
+        client.send_request("POST", f"/e1/busy/{route}")
+        assert begun.wait(10)
+        link = bridge._registry.links["e1"]
+        bridge.loop.call_soon_threadsafe(link.channel.close, "a test")
+        assert client.reply()[0] == 503
+        wait_until(lambda: bridge._registry.links.get("e1", link) is not link)
+        may_end.set()
+        assert closed.wait(10)
+        wait_until(lambda: hosted.workers._idle and not hosted.tasks, 10)
+    finally:
+        may_end.set()
+        edge.stop()
+        bridge.stop()
+
+
 def test_both_sides_notice_a_link_that_is_half_open(tokens):
     bridge = Bridge(port=0, tokens=tokens[0], heartbeat=0.2).start()
     relay = Relay(bridge._listener.server_address[1])
