@@ -6978,7 +6978,7 @@ class _BridgeLink:
     def send_notifications(self) -> None:
         """Send from the journal what this bridge has not got, as fast as it takes them."""
         journal = self._edge.journal
-        while self.state is LinkState.OPEN and not self._pumping:
+        while self.state is LinkState.OPEN and not self._pumping and not self.channel.closed:
             number = max(self._sent + 1, journal.first)
             if number > journal.last or number > max(self.acked, journal.first) + NOTIFY_WINDOW:
                 return

@@ -4216,6 +4216,33 @@ def test_an_answer_in_pieces_that_begins_after_its_link_was_lost_ends_at_once(to
         bridge.stop()
 
 
+def test_what_waits_for_room_on_a_link_of_version_1_is_not_lost_with_it(tokens, monkeypatch):
+    monkeypatch.setattr(radical_edge, "WIRE_VERSIONS", (1,))
+    bridge = Bridge(port=0, tokens=tokens[0]).start()
+    edge = start_edge(bridge, tokens)
+
+    def count():
+        return sum(number for (name, _), number in bridge.records.counters._counts.items()
+                   if name in ("notifications_total", "events_dropped_total"))
+
+    try:
+        link = bridge._registry.links["e1"]
+        bridge.loop.call_soon_threadsafe(link.channel.pause_reading)
+        while not edge._links[0]._pumping:        # the kernel takes some millions of bytes
+            edge.host.notify("echo", "large", "x" * 50_000)
+            time.sleep(0.001)
+        for number in range(100):
+            edge.host.notify("echo", "small", number)
+        wait_until(lambda: not edge.journal.unwritten)
+        waiting, before = edge.journal.last - edge.journal.first + 1, count()
+        assert waiting >= 100
+        bridge.loop.call_soon_threadsafe(link.channel.close, "a test")
+        wait_until(lambda: count() - before >= waiting, 10)
+    finally:
+        edge.stop()
+        bridge.stop()
+
+
 def test_both_sides_notice_a_link_that_is_half_open(tokens):
     bridge = Bridge(port=0, tokens=tokens[0], heartbeat=0.2).start()
     relay = Relay(bridge._listener.server_address[1])
