@@ -8946,14 +8946,14 @@ class EdgeRegistry:
     def add(self, link: EdgeLink, name: str) -> None:
         """Serve a link that passed check(); its own stale predecessor is replaced at once."""
         old = self.links.get(name)
+        if old is not None:                       # first: what it worked on waits for the new one
+            old.send({"type": "shutdown", "reason": "another process took over this edge's name"})
+            old.close(CloseCode.REPLACED, "replaced by a newer link of the same edge")
         link.name = name
         self.links[name] = link
         self._end_opening(link)
         self.counters.add("links_total")
         bridge_log.info("edge %s is here, with %s", name, ", ".join(link.plugins) or "no plugins")
-        if old is not None:
-            old.send({"type": "shutdown", "reason": "another process took over this edge's name"})
-            old.close(CloseCode.REPLACED, "replaced by a newer link of the same edge")
         self._end_absence(link)
         self.on_changed()
 
@@ -8995,11 +8995,12 @@ class EdgeRegistry:
         absence = self.absent.pop(link.name, None)
         if absence is None:
             return
-        if not absence.is_same(link):             # somebody else has this name now
-            absence.fail(absence.waiting)
-            return
-        # after "registered", which tells the edge what the requests will look like
-        self._loop.call_soon(self._forward_waiting, absence.waiting)
+        # after "registered", which tells the edge what the requests will look like: those that
+        # wait, and those that their clients have sent behind them
+        if absence.is_same(link):
+            self._loop.call_soon(self._forward_waiting, absence.waiting)
+        else:                                     # somebody else has this name now
+            self._loop.call_soon(absence.fail, absence.waiting)
 
     def forward(self, exchange: Exchange) -> None:
         """Send a request to its edge. Raises NotFound, EdgeOffline, or what the link raises."""

@@ -4022,6 +4022,33 @@ def test_the_same_instance_replaces_its_stale_link_and_another_is_refused(bridge
     assert first.hear("none") == {"close": 4001}
 
 
+def test_what_a_replaced_link_worked_on_goes_to_the_new_one_once_it_has_registered(bridge, tokens,
+                                                                                   raw):
+    """Also what a client has sent behind it, which the bridge reads only then."""
+    request, token = radical_edge.Kind.REQUEST, tokens[1]["edge"]
+    old, reader, writer = FakeEdge2(bridge, token, "f2"), raw(), raw()
+    reader.send_request("GET", "/f2/p/read")
+    old.hear_wire(request)
+    writer.send_request("POST", "/f2/p/write")
+    old.hear_wire(request)
+    writer.send_request("POST", "/f2/p/behind")
+    wait_until(lambda: any(item._parser.buffered for item in list(bridge.connections)))
+    new = FakeEdge2(bridge, token, "f2")          # "registered" is the first that it hears
+    try:
+        assert_error(writer.reply(), 503, "it may have been done")
+        targets = {}
+        for _ in range(2):
+            frame = new.hear_wire(request)
+            targets[radical_edge.parse_wire_request(frame).target] = frame.stream
+        assert set(targets) == {"/p/read", "/p/behind"}
+        for target, stream in targets.items():
+            new.say_wire(radical_edge.Kind.RESPONSE, stream, [200, {}], target.encode(), end=True)
+        assert (reader.reply()[2], writer.reply()[2]) == (b"/p/read", b"/p/behind")
+    finally:
+        old.close()
+        new.close()
+
+
 def test_plugins_come_and_go_at_run_time_and_the_topology_follows(edge, bridge, raw):
     listener = Listener(raw())
     edge.host.add(EchoPlugin, "late")
