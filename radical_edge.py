@@ -9582,10 +9582,16 @@ class _OwnCall(Call):
 
     def respond(self, response: Response) -> None:
         """Answer, whole."""
-        self._call(self._exchange.respond, self._protect(response))
+        incoming = self.incoming
+        try:
+            response = self._protect(response)
+        except ProtocolError as error:            # fields that are none: the plugin's mistake
+            response = self._protect(_failure_response(
+                error, Request(incoming.method, incoming.target, incoming.headers)))
+        self._call(self._exchange.respond, response)
 
     def begin(self, response: Response) -> None:
-        """Send the status and the fields; the body follows."""
+        """Send the status and the fields; the body follows. Raises ProtocolError for bad ones."""
         self._call(self._begin, self._protect(response))
 
     def try_write(self, piece: memoryview) -> int:
@@ -9620,6 +9626,7 @@ class _OwnCall(Call):
 
     @staticmethod
     def _protect(response: Response) -> Response:
+        response.headers = Headers.of_lower(parse_fields_object(response.headers))
         response.headers.update(_FOREIGN_FIELDS)
         response.headers.pop("cache-control", None)
         return response

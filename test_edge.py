@@ -4270,6 +4270,30 @@ def test_what_waits_for_room_on_a_link_of_version_1_is_not_lost_with_it(tokens, 
         bridge.stop()
 
 
+@pytest.mark.parametrize("kind", ["whole", "stream"])
+@pytest.mark.parametrize("value, status", [(5, 200), ("5", 200), ("5\r\nx-c: d", 500), (None, 500)])
+def test_fields_of_a_plugin_of_the_bridges_own_harm_no_answer_but_their_own(
+        bridge, raw, kind, value, status):
+    class Own(Plugin):
+        @get("whole")
+        async def whole(self, request):
+            return Response(b"12345", headers={"content-length": value})
+
+        @get("stream")
+        async def stream(self, request):
+            return StreamingResponse([b"12345"], headers={"content-length": value})
+
+    bridge._host.add(Own, "own")
+    client = raw()
+    client.send_request("GET", f"/bridge/own/{kind}")
+    client.send_request("GET", "/bridge/own/version")            # pipelined
+    found, fields, body = client.reply()
+    assert (found, "x-c" in fields) == (status, False)
+    assert status != 200 or body == b"12345"
+    found, _, body = client.reply()
+    assert found == 200 and "version" in json.loads(body)
+
+
 def test_both_sides_notice_a_link_that_is_half_open(tokens):
     bridge = Bridge(port=0, tokens=tokens[0], heartbeat=0.2).start()
     relay = Relay(bridge._listener.server_address[1])
