@@ -1754,12 +1754,17 @@ class LoopThread:
             self.loop.close()
 
     def _cancel_tasks(self) -> None:
-        tasks = asyncio.all_tasks(self.loop)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            waiting = asyncio.wait(tasks, timeout=STOP_S)
-            self.loop.run_until_complete(waiting)
+        end = time.monotonic() + STOP_S
+        cancelled: Set["asyncio.Task[Any]"] = set()
+        while time.monotonic() < end:
+            self.loop.run_until_complete(asyncio.sleep(0))       # what never begins answers nobody
+            tasks = asyncio.all_tasks(self.loop)
+            for task in tasks - cancelled:
+                task.cancel()
+            if not tasks:
+                break
+            cancelled = tasks                     # others may begin while one of these takes long
+            self.loop.run_until_complete(asyncio.wait(tasks, timeout=0.1))
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
 
 

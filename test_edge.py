@@ -4065,6 +4065,43 @@ def test_plugins_come_and_go_at_run_time_and_the_topology_follows(edge, bridge, 
     assert client.request("GET", "/e1/late/hello")[0] == 404
 
 
+def test_a_task_that_begins_while_its_plugin_is_removed_is_ended_too(edge, raw):
+    begun, ending = threading.Event(), threading.Event()
+
+    class Busy(Plugin):
+        @get("stubborn")
+        async def stubborn(self, request):
+            begun.set()
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                ending.set()
+                await asyncio.sleep(0.7)
+                return {}
+
+        @get("plain")
+        def plain(self, request):
+            assert ending.wait(30)
+            return StreamingResponse(self.make())
+
+        async def make(self):
+            yield b"first"
+            await asyncio.sleep(60)
+
+    edge.host.add(Busy, "busy")
+    stubborn, client = raw(), raw()
+    stubborn.send_request("GET", "/e1/busy/stubborn")
+    client.send_request("GET", "/e1/busy/plain")
+    assert begun.wait(10)
+    wait_until(lambda: edge.host._hosted["busy"].workers._threads)
+    edge.host.remove("busy")
+    assert stubborn.reply()[0] == 200
+    client.sock.settimeout(10)
+    status = client.reply(head_only=True)[0]      # over version 1 of the wire, all is one message
+    while status == 200 and not client.is_closed():
+        pass
+
+
 def test_plugins_are_told_of_other_edges(bridge, tokens, fake_edge):
     seen = []
 
