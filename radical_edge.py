@@ -9013,7 +9013,9 @@ class EdgeRegistry:
 
     def _forward_waiting(self, exchanges: List[Exchange]) -> None:
         for exchange in exchanges:
-            if not exchange.cancelled:
+            name = exchange.segments[0]
+            gone = name not in self.links         # already again
+            if not exchange.cancelled and not (gone and self.wait(exchange, name)):
                 try:
                     self.forward(exchange)
                 except EdgeError as error:

@@ -4049,6 +4049,27 @@ def test_what_a_replaced_link_worked_on_goes_to_the_new_one_once_it_has_register
         new.close()
 
 
+def test_a_request_waits_on_when_its_edge_comes_back_and_is_lost_at_once(bridge, tokens,
+                                                                         fake_edge, raw):
+    first, client = fake_edge("f1", instance="i", wire=[1]), raw()
+    first.hear("registered")
+    first.close()
+    wait_until(lambda: "f1" in bridge._registry.absent)
+    client.send_request("POST", "/f1/p/x")
+    wait_until(lambda: bridge._registry.absent["f1"].waiting)
+    url = radical_edge.parse_bridge_url(bridge.url)
+    sock = radical_edge.open_websocket(url, tokens[1]["edge"], None)[0]
+    message = {"type": "register", "edge_name": "f1", "plugins": {}, "instance": "i", "wire": [1]}
+    sock.sendall(encode_frame(Opcode.TEXT, json.dumps(message).encode(), mask=b"abcd")
+                 + b"\xff\xff")               # the bridge reads both at once
+    while sock.recv(65536):
+        pass
+    sock.close()
+    last = fake_edge("f1", instance="i", wire=[1])
+    last.say(type="response", req_id=last.hear("request")["req_id"], status=204)
+    assert client.reply()[0] == 204
+
+
 def test_plugins_come_and_go_at_run_time_and_the_topology_follows(edge, bridge, raw):
     listener = Listener(raw())
     edge.host.add(EchoPlugin, "late")
