@@ -6865,7 +6865,9 @@ class _StreamCall(Call):
         self.load.begin(self)
         self._window = SendWindow()
         self.is_streaming = True                  # before the next line: see _cancel_calls()
-        if self.cancelled or self._channel.closed:               # nobody else will, any more
+        if self.cancelled:                        # cancel() has looked for the window already
+            self._window.close()
+        elif self._channel.closed:                # and _cancel_calls() for what is streaming
             self.cancel()
         self._link.send_wire(self._channel, self._encode_head(response, end=False))
 
