@@ -7213,7 +7213,8 @@ class _BridgeLink:
         self._advance("registered")
         acked = message.get("acked")
         if isinstance(acked, int):
-            self._edge.on_known(acked)
+            known = message.get("known")
+            self._edge.on_known(known if isinstance(known, int) else acked)
             self._on_acked(acked)
         self._sent, self._pumping = self.acked, False            # what was on its way may be lost
         self.send_notifications()
@@ -8706,8 +8707,11 @@ class EdgeLink:
             self._is_patient = limit_unacknowledged(self.channel.sock, LINK_DEAD * HEARTBEAT_S)
             return
         version = 2 if 2 in offered else 1
-        self.send({"type": "registered", "edge_name": self.name, "wire": version,
-                   "acked": self.registry.hub.log.seen(self.name, self.instance)})
+        events = self.registry.hub.log
+        known = events.seen(self.name, self.instance)
+        # what may not be on disk yet is sent again, and not told again
+        self.send({"type": "registered", "edge_name": self.name, "wire": version, "known": known,
+                   "acked": known if events.last_told >= events.last_id else 0})
         if version == 2:
             self.requests, self._parser.max_message = StreamRequests(self), MAX_FRAME
 

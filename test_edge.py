@@ -2895,7 +2895,8 @@ class FakeEdge2(FakeEdge):
 
     def __init__(self, bridge, token, name, **register):
         super().__init__(bridge, token, name, wire=[1, 2], instance="i", **register)
-        self.acked = self.hear("registered")["acked"]
+        registered = self.hear("registered")
+        self.acked, self.known = registered["acked"], registered["known"]
 
     def say_wire(self, kind, stream, head=None, body=b"", end=False):
         payload = radical_edge.encode_wire(kind, stream, head, end=end) + body
@@ -4759,6 +4760,31 @@ def test_a_notification_that_is_sent_again_is_acknowledged_and_not_told_again(br
         wait_until(lambda: not bridge._registry.links)
     assert [listener.notification()["number"] for _ in range(3)] == [7, 8, 9]
     assert FakeEdge2(bridge, tokens[1]["edge"], "f2").acked == 9
+
+
+def test_a_new_link_is_not_told_that_safe_is_what_is_not_on_disk(bridge, tokens, raw, monkeypatch):
+    listener, may_write, real = Listener(raw()), threading.Event(), os.write
+    listener.read()
+    Kind = radical_edge.Kind
+
+    def write(descriptor, data):
+        if descriptor == bridge._journal._descriptor:
+            assert may_write.wait(30)
+        return real(descriptor, data)
+
+    monkeypatch.setattr(os, "write", write)
+    first = FakeEdge2(bridge, tokens[1]["edge"], "f2")
+    first.say_wire(Kind.NOTIFICATION, 0, [7, "p", "t"], b"7")
+    wait_until(lambda: bridge._hub.log.seen("f2", "i") == 7)
+    second = FakeEdge2(bridge, tokens[1]["edge"], "f2")
+    assert (second.acked, second.known) == (0, 7)
+    for number in (7, 8):
+        second.say_wire(Kind.NOTIFICATION, 0, [number, "p", "t"], b"%d" % number)
+    may_write.set()
+    wait_until(lambda: second.hear_wire(Kind.ACK).number == 8)
+    assert [listener.notification()["number"] for _ in range(2)] == [7, 8]
+    first.close()
+    second.close()
 
 
 def test_notifications_with_numbers_that_a_killed_process_had_used_arrive(tokens, home):

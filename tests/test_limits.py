@@ -590,7 +590,7 @@ def test_notifications_that_wait_for_no_acknowledgement_cost_the_link(fake_edge2
                                                                       monkeypatch):
     monkeypatch.setattr(radical_edge, "NOTIFY_BURST", 1)
     monkeypatch.setattr(radical_edge, "MAX_NOTIFY_RATE", 1)
-    first = fake_edge2.acked or 1
+    first = fake_edge2.known or 1
     with pytest.raises((AssertionError, OSError)):
         for number in range(first, first + 8 * radical_edge.NOTIFY_WINDOW):
             fake_edge2.say_wire(Kind.NOTIFICATION, 0, [number, "p", "t"], b"1")
@@ -794,7 +794,7 @@ def test_log_lines_are_json_when_asked_for(start, home):                     # n
 # ---------------------------------------------------------------------------
 
 def test_names_that_are_no_text_break_neither_journal_nor_lists(fake_edge2, bridge, raw):  # noqa: F811
-    head = '[%d,"p","\\ud800"]' % ((fake_edge2.acked or 0) + 1)
+    head = '[%d,"p","\\ud800"]' % ((fake_edge2.known or 0) + 1)
     prefix = radical_edge._WIRE_PREFIX.pack(Kind.NOTIFICATION, 1, len(head), 0)
     fake_edge2.send(radical_edge.encode_frame(radical_edge.Opcode.BINARY,
                                               prefix + head.encode() + b"1", mask=b"abcd"))
