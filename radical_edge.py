@@ -5478,16 +5478,13 @@ def load_plugin_file(path: str) -> None:
 
 def _has_entry_points(group: str) -> bool:
     """Whether an installed package may have entry points of a group."""
-    def names_group(file: Path) -> bool:
-        try:
-            return group.encode() in file.read_bytes()
-        except OSError:
-            return False
-
-    if any(os.path.isfile(path) for path in sys.path):           # an archive, which may have some
+    try:
+        return any(group.encode() in file.read_bytes()
+                   for folder in map(Path, sys.path) for pattern in ("*-info", "EGG-INFO")
+                   for file in folder.glob(f"{pattern}/entry_points.txt")) or \
+            any(os.path.isfile(path) for path in sys.path)       # an archive, which may have some
+    except OSError:                               # a folder that cannot be read: metadata copes
         return True
-    return any(names_group(file) for folder in map(Path, sys.path) for file in (
-        *folder.glob("*-info/entry_points.txt"), folder / "EGG-INFO/entry_points.txt"))
 
 
 def load_entry_points() -> None:
@@ -9169,10 +9166,9 @@ class EdgeMemory:
 class _Opener:
     """Opens a client's connection, in a thread: the TLS handshake and the first request's head.
 
-    What a handler of http.server does otherwise: mixed into one, see _make_listener().
-
     These are what a slow or hostile client can draw out; the loop never waits for them. It is given
-    the socket and the parser, with what was read so far.
+    the socket and the parser, with what was read so far. Mixed into a handler of http.server, see
+    _make_listener().
     """
 
     server: "_Listener"
