@@ -6291,6 +6291,7 @@ def test_jobs_live_on_while_the_edge_is_gone_and_are_found_again(psij):
     running = psij.shell("echo one; sleep 1; echo two; exit 4")
     sleeping = psij.shell("sleep 600")
     wait_until(lambda: psij.status(running)["stdout"])
+    wait_until(lambda: psij.status(sleeping)["state"] == "ACTIVE")
     psij.restart()
     assert psij.status(ended)["stdout"] == "early\n"
     assert psij.status(sleeping)["state"] == "ACTIVE"
