@@ -5,13 +5,15 @@
 
 Printed are medians: seconds from the start of the process to the first answer (of the bridge
 itself, and through the edge once that is started too), and the resident memory of each process
-after a second of rest, next to a bare interpreter that has imported what the core imports.
+after a second of rest, over plain HTTP, over TLS, and of one that is both; next to a bare
+interpreter that has imported what the core imports.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
 import os
+import ssl
 import statistics
 import subprocess
 import sys
@@ -21,27 +23,37 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = str(ROOT / "radical_edge.py")
+from common import SCRIPT, make_certificate, memory_mib
+
+PORT = 18471
 IMPORTS = "import argparse, asyncio, http.server, json, logging, ssl, urllib.request"
 
 
-def resident_mib(pid: int) -> float:
-    """Return a process's resident memory; nan where there is no /proc."""
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except OSError:
-        return float("nan")
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
+class Starter:
+    """Starts processes of ours in a home directory; a stack ends them."""
+
+    def __init__(self, home: str, stack: contextlib.ExitStack) -> None:
+        self._home, self._stack = Path(home), stack
+        self._env = {**os.environ, "HOME": home}
+
+    def __call__(self, *arguments: str) -> subprocess.Popen:
+        process = subprocess.Popen([sys.executable, SCRIPT, *arguments], env=self._env,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._stack.callback(end, process)
+        return process
+
+    def token(self) -> str:
+        """Return the token that a bridge has written there."""
+        return (self._home / ".radical/edge/token").read_text().strip()
 
 
-def wait_for_answer(url: str, token: str) -> None:
+def wait_for_answer(url: str, token: str, context: ssl.SSLContext | None = None) -> None:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     request = urllib.request.Request(url, headers=headers)
     end = time.monotonic() + 20
     while time.monotonic() < end:
         try:
-            with urllib.request.urlopen(request, timeout=5):
+            with urllib.request.urlopen(request, timeout=5, context=context):
                 return
         except (urllib.error.URLError, ConnectionError):
             time.sleep(0.002)
@@ -56,24 +68,42 @@ def end(process: subprocess.Popen) -> None:
 def measure_start() -> dict[str, float]:
     """Start a bridge, then an edge; return seconds and MiB."""
     with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as stack:
-        env = {**os.environ, "HOME": home}
-        port = "18471"
+        start = Starter(home, stack)
         begin = time.perf_counter()
-        bridge = subprocess.Popen([sys.executable, SCRIPT, "--bridge", "--port", port], env=env,
-                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        stack.callback(end, bridge)
-        wait_for_answer(f"http://127.0.0.1:{port}/health", "")
+        bridge = start("--bridge", "--port", str(PORT))
+        wait_for_answer(f"http://127.0.0.1:{PORT}/health", "")
         found = {"bridge s": time.perf_counter() - begin}
-        token = (Path(home) / ".radical/edge/token").read_text().strip()
         begin = time.perf_counter()
-        edge = subprocess.Popen([sys.executable, SCRIPT, "--edge", "--name", "e"], env=env,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        stack.callback(end, edge)
-        wait_for_answer(f"http://127.0.0.1:{port}/e/sysinfo/homedir", token)
+        edge = start("--edge", "--name", "e")
+        wait_for_answer(f"http://127.0.0.1:{PORT}/e/sysinfo/homedir", start.token())
         found["edge s"] = time.perf_counter() - begin
         time.sleep(1)                              # at rest
-        found.update({"bridge MiB": resident_mib(bridge.pid), "edge MiB": resident_mib(edge.pid)})
-        return found
+        return {**found, "bridge MiB": memory_mib(bridge.pid), "edge MiB": memory_mib(edge.pid)}
+
+
+def measure_tls() -> dict[str, float]:
+    """Return what a bridge and an edge weigh that talk over TLS."""
+    with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as stack:
+        start = Starter(home, stack)
+        cert, key = make_certificate(Path(home))
+        bridge = start("--bridge", "--port", str(PORT), "--cert", cert, "--key", key)
+        context = ssl.create_default_context(cafile=cert)
+        wait_for_answer(f"https://127.0.0.1:{PORT}/health", "", context)
+        edge = start("--edge", "--name", "e")
+        wait_for_answer(f"https://127.0.0.1:{PORT}/e/sysinfo/homedir", start.token(), context)
+        time.sleep(1)
+        return {"bridge, TLS, MiB": memory_mib(bridge.pid), "edge, TLS, MiB": memory_mib(edge.pid)}
+
+
+def measure_both() -> dict[str, float]:
+    """Return what a process weighs that is a bridge and an edge."""
+    with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as stack:
+        start = Starter(home, stack)
+        both = start("--bridge", "--port", str(PORT), "--edge", "--name", "e")
+        wait_for_answer(f"http://127.0.0.1:{PORT}/health", "")
+        wait_for_answer(f"http://127.0.0.1:{PORT}/e/sysinfo/homedir", start.token())
+        time.sleep(1)
+        return {"both in one MiB": memory_mib(both.pid)}
 
 
 def measure_bare() -> dict[str, float]:
@@ -82,7 +112,7 @@ def measure_bare() -> dict[str, float]:
     bare = subprocess.Popen([sys.executable, "-c", f"{IMPORTS}\nprint(flush=True); input()"],
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     bare.stdout.readline()
-    found = {"imports s": time.perf_counter() - begin, "imports MiB": resident_mib(bare.pid)}
+    found = {"imports s": time.perf_counter() - begin, "imports MiB": memory_mib(bare.pid)}
     bare.communicate(b"\n")
     return found
 
@@ -91,10 +121,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    rounds = [{**measure_bare(), **measure_start()} for _ in range(options.rounds)]
+    rounds = [{**measure_bare(), **measure_start(), **measure_tls(), **measure_both()} for _ in range(options.rounds)]
     print(f"Python {sys.version.split()[0]}, medians of {options.rounds}")
     for name in rounds[0]:
-        print(f"{name:12} {statistics.median(found[name] for found in rounds):8.2f}")
+        print(f"{name:16} {statistics.median(found[name] for found in rounds):8.2f}")
 
 
 if __name__ == "__main__":
