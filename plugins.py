@@ -32,7 +32,6 @@ import importlib
 import importlib.util
 import inspect
 import io
-import ipaddress
 import itertools
 import json
 import logging
@@ -46,7 +45,6 @@ import re
 import secrets
 import selectors
 import shlex
-import shutil
 import signal
 import socket
 import stat
@@ -54,7 +52,6 @@ import string
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -280,6 +277,25 @@ def _read(path: str, limit: int = MAX_COMMAND_OUTPUT) -> str:
 def _clean_environment() -> Dict[str, str]:
     """Return the edge's environment without its own secrets."""
     return {name: value for name, value in os.environ.items() if name not in _SECRET_VARIABLES}
+
+
+def find_program(name: str, path: Optional[str] = None) -> Optional[str]:
+    """Return the path of a program, searched for in `path` or PATH as a shell does; None without it.
+
+    Not shutil.which(): of all that shutil loads, an edge at rest needs nothing else.
+    """
+    searched = os.environ.get("PATH", os.defpath) if path is None else path
+    folders = searched.split(os.pathsep) if searched else []
+    for found in [name] if "/" in name else [os.path.join(folder, name) for folder in folders]:
+        if os.path.isfile(found) and os.access(found, os.X_OK):
+            return found
+    return None
+
+
+def remove_folder(path: Any) -> None:
+    """Remove a directory and all that is in it, as far as that is possible."""
+    import shutil                                 # see find_program()
+    shutil.rmtree(path, True)
 
 
 class Ran(NamedTuple):
@@ -683,14 +699,14 @@ class SysInfoProvider:
 
     @staticmethod
     def _nvidia(query: str) -> Optional[str]:
-        program = os.environ.get("NVIDIA_SMI_PATH") or shutil.which("nvidia-smi")
+        program = os.environ.get("NVIDIA_SMI_PATH") or find_program("nvidia-smi")
         if not program:
             return None
         return run_command([program, f"--query-gpu={query}", "--format=csv,noheader,nounits"])
 
     @staticmethod
     def _rocm(*options: str) -> Optional[str]:
-        program = shutil.which("rocm-smi")
+        program = find_program("rocm-smi")
         return run_command([program, *options, "--json"]) if program else None
 
 
@@ -1817,7 +1833,7 @@ class QueueInfo(abc.ABC):
 
     def find_fault(self) -> Optional[str]:
         """Return why this batch system cannot be asked on this machine; None when it can."""
-        missing = [name for name in self.programs if shutil.which(name) is None]
+        missing = [name for name in self.programs if find_program(name) is None]
         return f"{', '.join(missing)} not found on PATH" if missing else None
 
     def start_prefetch(self) -> None:
@@ -2157,7 +2173,7 @@ class QueueInfoPBS(QueueInfo):
         return {"jobs": [job for job in jobs if _matches(job, queue, user)]}
 
     def _collect_allocations(self, user: str) -> Dict[str, Any]:
-        if shutil.which("sbank-list-allocations") is None:
+        if find_program("sbank-list-allocations") is None:
             return {"allocations": []}            # PBS has none of its own
         narrowed = ["-u", user] if user != EVERYONE else []
         ran = self._ask("sbank-list-allocations", *narrowed)
@@ -2211,9 +2227,9 @@ class QueueInfoPBS(QueueInfo):
 
 def find_queue_info(slurm_conf: Optional[str] = None) -> Optional[QueueInfo]:
     """Return the backend for this machine's batch system; None when it has none that is known."""
-    if slurm_conf is not None or shutil.which("squeue"):
+    if slurm_conf is not None or find_program("squeue"):
         return QueueInfoSlurm(slurm_conf)
-    return QueueInfoPBS() if shutil.which("qstat") else None
+    return QueueInfoPBS() if find_program("qstat") else None
 
 
 def parse_clusters(text: str) -> Dict[str, str]:
@@ -2712,6 +2728,7 @@ def internal_addresses(via: Optional[str] = None) -> List[str]:
     host's own name stands for. Never the loopback, unless `via` says so.
     """
     if via is None:
+        import ipaddress
         names = [name for _, name in socket.if_nameindex()]
         found = [address for address in map(_ipv4_address, names) if address and
                  ipaddress.ip_address(address).is_private and _is_reachable(address)]
@@ -2727,6 +2744,7 @@ def internal_addresses(via: Optional[str] = None) -> List[str]:
 
 
 def _is_reachable(address: str) -> bool:
+    import ipaddress
     number = ipaddress.ip_address(address.partition("%")[0])
     return not (number.is_loopback or number.is_link_local or number.is_unspecified)
 
@@ -3701,7 +3719,7 @@ class LocalExecutor:
     async def forget(self, job: Job) -> None:
         """Delete a finished job's directory."""
         if job.is_final and self.jobs.pop(job.job_id, None) is not None:
-            await asyncio.to_thread(shutil.rmtree, job.folder, True)
+            await asyncio.to_thread(remove_folder, job.folder)
 
     # -- inside
 
@@ -3709,7 +3727,7 @@ class LocalExecutor:
         """Write down what is to run, before it runs. Blocks."""
         run = make_local_run(job.spec, job.stdout, job.stderr)
         job.stdout, job.stderr = Path(run["stdout"]), Path(run["stderr"])
-        shutil.rmtree(job.folder, True)           # of the same job, if it never ran
+        remove_folder(job.folder)           # of the same job, if it never ran
         job.folder.mkdir(parents=True, mode=0o700)
         write_private(job.folder / "job.json", json.dumps(
             {"job_id": job.job_id, "sid": job.sid, "spec": job.spec, "submitted": job.time,
@@ -4402,7 +4420,7 @@ class BatchDriver:
         except ImportError:
             raise NotInstalled(f"executor: {name!r} needs psij-python on the edge: "
                                "pip install psij-python") from None
-        missing = [program for program in _SUBMIT_PROGRAMS[name] if not shutil.which(program)]
+        missing = [program for program in _SUBMIT_PROGRAMS[name] if not find_program(program)]
         if missing:
             raise Unprocessable(f"executor: {name} is not on this machine: there is no "
                                 f"{' and no '.join(missing)}")
@@ -4692,13 +4710,13 @@ class BatchExecutors:
     async def forget(self, job: Job) -> None:
         """Delete what is stored of a job that is over."""
         if job.is_over and self.jobs.pop(job.job_id, None) is not None:
-            await asyncio.to_thread(shutil.rmtree, job.folder, True)
+            await asyncio.to_thread(remove_folder, job.folder)
 
     # -- submitting
 
     async def _submit(self, driver: BatchDriver, job: Job, handle: Any) -> None:
         try:
-            await asyncio.to_thread(shutil.rmtree, job.folder, True)     # if it never ran before
+            await asyncio.to_thread(remove_folder, job.folder)     # if it never ran before
             await asyncio.to_thread(
                 lambda: job.folder.mkdir(parents=True, exist_ok=True, mode=0o700))
             job.submitted = time.time()
@@ -4967,7 +4985,7 @@ class PSIJSession(PluginSession):
         except Exception:
             if job.job_id not in executor.jobs:   # it did not start
                 del self._jobs[job.job_id]
-                await asyncio.to_thread(shutil.rmtree, job.folder, True)
+                await asyncio.to_thread(remove_folder, job.folder)
             raise
 
     async def get_job_status(self, job_id: str, stdout_offset: int = 0,
@@ -5457,6 +5475,13 @@ class Roots:
         for path in paths:
             with contextlib.suppress(OSError):
                 yield _identity(os.stat(path))
+
+
+def _temporary_folder() -> str:
+    """Return the directory for temporary files: tempfile.gettempdir(), without what that loads."""
+    named = [os.environ[name] for name in ("TMPDIR", "TEMP", "TMP") if os.environ.get(name)]
+    return next((path for path in map(os.path.abspath, [*named, "/tmp", "/var/tmp"])
+                 if os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)), "/tmp")
 
 
 def _is_within(path: str, root: str) -> bool:
@@ -7377,7 +7402,7 @@ class PluginStaging(Plugin):
 
     def __init__(self, app: Any, instance_name: Optional[str] = None) -> None:
         super().__init__(app, instance_name)
-        roots = app.state.options.get("staging_roots") or ["~", tempfile.gettempdir()]
+        roots = app.state.options.get("staging_roots") or ["~", _temporary_folder()]
         self._files = Files(Roots(roots, [str(home_dir()), str(app.state.state_dir)]))
         self.add_route_post("put/{sid}", self.put_endpoint)
         self.add_route_post("get/{sid}", self.get_endpoint)
@@ -8415,6 +8440,7 @@ def make_address() -> str:
     name = f"radical-edge-{secrets.token_hex(12)}"
     if sys.platform == "linux":
         return "\0" + name
+    import tempfile
     return os.path.join(tempfile.mkdtemp(prefix="radical-edge-"), "socket")
 
 
@@ -8653,7 +8679,7 @@ class Executables:
             return executable
         key = executable, path
         if key not in self._found:
-            found = shutil.which(executable, path=path)
+            found = find_program(executable, path)
             if found is None:
                 raise FileNotFoundError(errno.ENOENT, "no such program on the PATH", executable)
             self._found[key] = found
@@ -9422,7 +9448,7 @@ def _translate_dragon(spec: Dict[str, Any], place: Dict[str, Any],
     kind = {"process_templates": [(ranks, template)]} if ranks > 1 else \
         {"process_template": template}
     rest = {name: item for name, item in place.items() if name not in ("cwd", "env")}
-    program = shutil.which(spec["executable"]) or spec["executable"]
+    program = find_program(spec["executable"]) or spec["executable"]
     return {"executable": program, "task_backend_specific_kwargs": {**kind, **rest}}
 
 
@@ -9494,7 +9520,7 @@ def _is_installed(package: str) -> bool:
 
 def _find_dragon() -> Optional[str]:
     beside = os.path.join(os.path.dirname(sys.executable), "dragon")
-    return beside if os.access(beside, os.X_OK) else shutil.which("dragon")
+    return beside if os.access(beside, os.X_OK) else find_program("dragon")
 
 
 def default_backend() -> str:
@@ -9756,7 +9782,7 @@ class BackendLink:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(GRACE_S)
         if self._address.startswith("/"):
-            shutil.rmtree(os.path.dirname(self._address), True)
+            remove_folder(os.path.dirname(self._address))
 
 
 _HOST_PROGRAM = """\
@@ -10062,7 +10088,7 @@ class RhapsodySession(PluginSession):
             self._opening.cancel()
         await asyncio.gather(*[link.close() for link in self._links.values()])
         await self.table.close()
-        await asyncio.to_thread(shutil.rmtree, self.folder, True)
+        await asyncio.to_thread(remove_folder, self.folder)
         return {}
 
     async def detach(self) -> None:
@@ -10721,7 +10747,7 @@ def _delete_left_session(folder: Path) -> None:
         mark = _json_object(_read(str(path))).get("mark")
         if mark:
             end_marked(_HOST_MARK, mark, 0.0)
-    shutil.rmtree(folder, True)
+    remove_folder(folder)
 
 
 # ---------------------------------------------------------------------------
@@ -11227,7 +11253,7 @@ class LucidSession(PluginSession):
         if self._child is not None:
             await asyncio.wait([self._starting])
             await self._child.close()
-        await asyncio.to_thread(shutil.rmtree, self._plugin.folder(self.sid), True)
+        await asyncio.to_thread(remove_folder, self._plugin.folder(self.sid))
         return await super().close()
 
     async def stop(self) -> None:
@@ -11531,7 +11557,7 @@ class PluginLucid(Plugin):
     def _clean(self, known: Any) -> None:
         for folder in (self.state_dir / "sessions").glob("*"):
             if folder.name not in known:
-                shutil.rmtree(folder, True)
+                remove_folder(folder)
 
 
 def parse_seconds(text: str, name: str) -> float:
@@ -12105,7 +12131,7 @@ class Senspot:
         given = os.environ.get("SENSPOT_PATH")
         places = [os.path.join(os.path.expanduser(place), "senspot-get")
                   for place in _SENSPOT_PLACES]
-        for path in (given, shutil.which("senspot-get"), *places):
+        for path in (given, find_program("senspot-get"), *places):
             if path and os.path.isfile(path) and os.access(path, os.X_OK):
                 return path
         raise EdgeError("there is no program senspot-get: install CSPOT, or name it in "

@@ -52,12 +52,16 @@ if (__name__ == "__main__" and __spec__ is None and {"--bridge", "--edge"} & set
                 SourceFileLoader("_", source).get_code("_")
             except (OSError, SyntaxError):        # who needs the file says what is wrong with it
                 pass
-    os.execv(sys.executable, [
+    # one arena: GNU's malloc would give each thread one, and each holds on to some memory. What the
+    # process starts must not inherit that, so it is taken out of the environment again.
+    arenas = {} if "MALLOC_ARENA_MAX" in os.environ else {"MALLOC_ARENA_MAX": "1"}
+    os.execve(sys.executable, [
         # what stood before the script's name; Python 3.9 does not know
         *(getattr(sys, "orig_argv", [sys.executable])[:-len(sys.argv)] or [sys.executable]),
         # path[0] is the current directory here: it must not be searched
-        "-c", "import sys; sys.path[0] = sys.argv.pop(1).rpartition('/')[0]; import radical_edge; "
-        "sys.exit(radical_edge.main())", script, *sys.argv[1:]])
+        "-c", "import os, sys; sys.path[0] = sys.argv.pop(1).rpartition('/')[0]; "
+        f"[os.environ.pop(name) for name in {list(arenas)}]; import radical_edge; "
+        "sys.exit(radical_edge.main())", script, *sys.argv[1:]], {**os.environ, **arenas})
 
 import argparse
 import asyncio
@@ -77,7 +81,6 @@ import gc
 import hashlib
 import hmac
 import inspect
-import ipaddress
 import itertools
 import json
 import logging
@@ -88,7 +91,6 @@ import secrets
 import selectors
 import signal
 import socket
-import socketserver
 import ssl
 import stat
 import struct
@@ -96,7 +98,6 @@ import subprocess
 import threading
 import time
 import types
-import urllib.error
 import urllib.parse
 from http import HTTPStatus
 from pathlib import Path
@@ -447,7 +448,7 @@ class CloseCode(enum.IntEnum):
 
 
 # codes that may stand in a close frame; 1004 to 1006 and 1015 may not (RFC 6455, section 7.4)
-_VALID_CLOSE = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))
+_VALID_CLOSE = (range(1000, 1004), range(1007, 1015), range(3000, 5000))
 _OPCODES = {int(opcode): opcode for opcode in Opcode}     # a look-up is faster than Opcode(value)
 _WHOLE = {0x80 | opcode: opcode for opcode in (Opcode.TEXT, Opcode.BINARY)}     # by first byte
 NO_MASK = bytes(4)            # a key that changes nothing; see _BridgeLink.send_wire()
@@ -505,7 +506,7 @@ def parse_close(payload: bytes) -> Tuple[int, str]:
     if not payload:
         return 1005, ""
     code = int.from_bytes(payload[:2], "big")
-    if len(payload) == 1 or code not in _VALID_CLOSE:
+    if len(payload) == 1 or not any(code in codes for codes in _VALID_CLOSE):
         raise ProtocolError(f"close code {payload[:2].hex()}")
     return code, _decode_utf8(payload[2:])
 
@@ -634,7 +635,7 @@ class MaskKeys:
     They come from the system's random numbers, fetched for many frames at once.
     """
 
-    FETCHED = 4096             # bytes
+    FETCHED = 1024             # bytes
 
     def __init__(self) -> None:
         self._keys: Deque[bytes] = collections.deque()           # its methods are atomic
@@ -2209,10 +2210,12 @@ def is_loopback(host: str) -> bool:
     """Whether `host` names this machine for certain: localhost, 127.0.0.0/8 or ::1."""
     if host.lower() == "localhost":
         return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+    host = host.strip("[]")
+    with contextlib.suppress(OSError, ValueError):
+        return socket.inet_pton(socket.AF_INET, host)[0] == 127
+    with contextlib.suppress(OSError, ValueError):
+        return socket.inet_pton(socket.AF_INET6, host) == socket.inet_pton(socket.AF_INET6, "::1")
+    return False                                  # a name
 
 
 def find_proxy(url: BridgeURL) -> Optional[BridgeURL]:
@@ -3052,7 +3055,7 @@ class ConnectionLimit:
             return ""
         if ":" not in address or address.startswith("::ffff:"):
             return address
-        return ipaddress.IPv6Address(address.partition("%")[0]).exploded[:19]
+        return socket.inet_pton(socket.AF_INET6, address.partition("%")[0])[:8].hex()
 
 
 def cookie_name(host: str) -> str:
@@ -7542,9 +7545,7 @@ class _Document:
     """A page as it is sent: its bytes, compressed too, and its policy. Never changes."""
 
     def __init__(self, body: bytes, policy: str) -> None:
-        import gzip
         self._body = body
-        self._compressed = gzip.compress(self._body, 9)
         self._etag = hashlib.sha256(self._body).hexdigest()[:16]
         self._policy = policy.format(scripts=self._hashes(b"script", body),
                                      styles=self._hashes(b"style", body))
@@ -7561,6 +7562,11 @@ class _Document:
             headers["Content-Encoding"] = "gzip"
         return Response(self._compressed if zipped else self._body, headers=headers,
                         media_type="text/html; charset=utf-8")
+
+    @functools.cached_property
+    def _compressed(self) -> bytes:               # when somebody first asks: many bridges have none
+        import gzip
+        return gzip.compress(self._body, 9)
 
     @staticmethod
     def _hashes(tag: bytes, body: bytes) -> str:
@@ -9272,7 +9278,7 @@ class _Handshake:
         self._gateway.handshakes.discard(self)
 
 
-class _Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
+class _Listener:
     """Accepts connections, and starts a thread to open each, MAX_OPENING at a time.
 
     Mixed into the threading server of http.server, see _make_listener().
@@ -9291,6 +9297,7 @@ class _Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         super().__init__(address, opener)
 
     def server_bind(self) -> None:
+        import socketserver
         # not HTTPServer's, which asks DNS for the host's name and may hang
         socketserver.TCPServer.server_bind(self)
 
@@ -10336,6 +10343,7 @@ def _urlopen(targets: List[Target], method: str, path: str, body: Any = None,
     signer = find_signer(client_key)
 
     def send(target: Target) -> Tuple[Any, bytes]:
+        import urllib.error
         import urllib.request
         signed = sign_request(signer, method, path, data, headers)
         request = urllib.request.Request(str(target.url) + path, data,
@@ -11138,7 +11146,9 @@ def _duration(text: str) -> float:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; _HELP must name each of its options."""
-    parser = _Parser(prog="radical_edge", allow_abbrev=False)
+    # with a width it need not import shutil to find that of the terminal; the help is _HELP anyway
+    parser = _Parser(prog="radical_edge", allow_abbrev=False,
+                     formatter_class=functools.partial(argparse.HelpFormatter, width=100))
     for flag in ("--bridge", "--edge", "--list", "--check", "--insecure", "--no-auth",
                  "--allow-pickle", "--detach", "--overwrite"):
         parser.add_argument(flag, action="store_true")
@@ -11410,8 +11420,11 @@ def _end_process(status: int) -> None:
 
 
 def _settle_memory() -> None:
-    """Give back what start-up needed; compiling this file alone leaves 10 MB of free pages."""
-    trim_memory()
+    """Give back what start-up needed."""
+    if os.path.exists(getattr(__spec__, "cached", None) or ""):
+        gc.collect()
+    else:
+        trim_memory()                             # compiling this file leaves 10 MB of free pages
     gc.freeze()                                   # what is left stays: no need to look at it again
 
 

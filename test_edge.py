@@ -27,6 +27,7 @@ import socketserver
 import ssl
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -6545,6 +6546,20 @@ def test_a_token_in_the_environment_is_used_and_not_inherited_by_jobs(start):
         psij.close()
 
 
+@pytest.mark.parametrize("own", [None, "3"])
+def test_jobs_inherit_a_setting_of_malloc_only_from_the_user(start, monkeypatch, own):
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    start("--bridge", "--edge", "--name", "e1", "-p", "psij", "--port", "0",
+          env={"MALLOC_ARENA_MAX": own} if own else {}, expect="registered as e1")
+    with BridgeClient() as client:
+        psij = client.get_edge_client("e1").get_plugin("psij")
+        job = psij.submit_job({"executable": "/usr/bin/env"})
+        lines = psij.wait_job(job["job_id"], 20)["stdout"].splitlines()
+        psij.close()
+    assert [line for line in lines if line.startswith("MALLOC")] == \
+        ([f"MALLOC_ARENA_MAX={own}"] if own else [])
+
+
 def test_events_are_printed_as_json_lines(start):
     start("--bridge", "--edge", "--name", "e1", "-p", "psij", "--port", "0", expect="edge: e1")
     events = start("--events", "e1/psij/job_status", expect="topology")
@@ -6951,12 +6966,59 @@ def test_a_small_file_is_read_without_room_for_the_largest(tmp_path):
 
 
 def test_what_an_edge_at_rest_has_no_use_for_is_not_imported():
-    code = "import radical_edge, plugins, sys; print(*sys.modules)"
+    code = ("import radical_edge, plugins, sys; radical_edge.make_parser().parse_args(['--edge'])\n"
+            "print(*sys.modules)")
     imported = subprocess.run([sys.executable, "-S", "-c", code], cwd=str(ROOT), check=True,
                               capture_output=True, text=True).stdout.split()
     assert "asyncio" in imported
-    assert not {"ctypes", "datetime", "email", "http.client", "http.server", "importlib.metadata",
+    assert not {"ctypes", "datetime", "email", "gzip", "http.client", "http.server",
+                "importlib.metadata", "shutil", "socketserver", "tempfile", "urllib.error",
                 "urllib.request", "uuid"} & set(imported)
+
+
+@pytest.mark.parametrize("host, is_own", [
+    ("localhost", True), ("LocalHost", True), ("127.0.0.1", True), ("127.1.2.3", True),
+    ("::1", True), ("[::1]", True), ("0:0:0:0:0:0:0:1", True), ("127.1", False), ("", False),
+    ("0.0.0.0", False), ("128.0.0.1", False), ("::", False), ("::2", False), ("é", False),
+    ("127.0.0.1\0", False), ("localhost.example.org", False), ("127.0.0.1.example.org", False)])
+def test_which_hosts_are_this_machine(host, is_own):
+    assert radical_edge.is_loopback(host) is is_own
+
+
+def test_addresses_of_ipv6_are_counted_by_their_first_64_bits():
+    limit = radical_edge.ConnectionLimit(10)
+    keys = {limit._key(address) for address in (
+        "2001:db8::1", "2001:db8:0:0:ffff::2", "2001:0db8:0:0::3%eth0")}
+    assert len(keys) == 1 and limit._key("2001:db8:0:1::1") not in keys
+    assert limit._key("::1") == "" and limit._key("::ffff:10.0.0.1") == "::ffff:10.0.0.1"
+
+
+def test_the_directory_for_temporary_files_is_that_of_tempfile(tmp_path, monkeypatch):
+    for name in ("TMPDIR", "TEMP", "TMP"):
+        monkeypatch.delenv(name, raising=False)
+    for setting in ({}, {"TMP": str(tmp_path)}, {"TMPDIR": "/nonexistent", "TEMP": str(tmp_path)},
+                    {"TMPDIR": str(tmp_path / "none")}, {"TMPDIR": ""}):
+        with monkeypatch.context() as patch:
+            patch.setattr(tempfile, "tempdir", None)             # what it found before
+            for name, value in setting.items():
+                patch.setenv(name, value)
+            assert plugins._temporary_folder() == tempfile.gettempdir(), setting
+
+
+def test_programs_are_found_as_a_shell_finds_them(tmp_path, monkeypatch):
+    program, other = tmp_path / "here", tmp_path / "data"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    other.write_text("no program")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setenv("PATH", f"/nonexistent:{tmp_path}")
+    assert plugins.find_program("here") == plugins.find_program(str(program)) == str(program)
+    assert plugins.find_program("here", f"{tmp_path}:/bin") == str(program)
+    for missing, path in (("data", None), ("folder", None), ("absent", None), ("", None),
+                          ("here", "/nonexistent"), ("here", ""), (str(other), None)):
+        assert plugins.find_program(missing, path) is None
+    monkeypatch.delenv("PATH")
+    assert plugins.find_program("sh") in ("/bin/sh", "/usr/bin/sh")
 
 
 @pytest.mark.parametrize("way", [[SCRIPT], ["-m", "radical_edge"], ["-B", "-X", "utf8", SCRIPT]])
