@@ -280,7 +280,7 @@ def _clean_environment() -> Dict[str, str]:
 
 
 def find_program(name: str, path: Optional[str] = None) -> Optional[str]:
-    """Return the path of a program, searched for in `path` or PATH as a shell does; None without it.
+    """Return the path of a program, searched for in `path` or PATH as a shell does, or None.
 
     Not shutil.which(): of all that shutil loads, an edge at rest needs nothing else.
     """

@@ -121,7 +121,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    rounds = [{**measure_bare(), **measure_start(), **measure_tls(), **measure_both()} for _ in range(options.rounds)]
+    rounds = [{**measure_bare(), **measure_start(), **measure_tls(), **measure_both()}
+              for _ in range(options.rounds)]
     print(f"Python {sys.version.split()[0]}, medians of {options.rounds}")
     for name in rounds[0]:
         print(f"{name:16} {statistics.median(found[name] for found in rounds):8.2f}")
