@@ -176,6 +176,7 @@ MAX_PENDING = 8192             # requests waiting for one edge
 MAX_ONCE = 20_000              # answers kept for retries
 MAX_ONCE_BYTES = 24 * 1024 * 1024    # bytes of them
 MAX_WORKERS = 64               # threads that run one plugin's plain `def` handlers
+MAX_HELPERS = min(32, (os.cpu_count() or 1) + 4)   # that its coroutines may use; as in asyncio
 MAX_EXPIRED = 4096             # expired session ids remembered, so that they are 410 and not 404
 MAX_UI_CONFIG = 64 * 1024      # bytes of a plugin's description of its page, as JSON
 MAX_UI_MODULE = 512 * 1024     # bytes of a plugin's own JavaScript for its page
@@ -1664,11 +1665,21 @@ class _LockSelector(selectors.DefaultSelector):
 
 
 class WorkLoop(asyncio.SelectorEventLoop):
-    """An asyncio loop that other threads wake often and that has few sockets, as plugins' do."""
+    """An asyncio loop that other threads wake often and that has few sockets, as plugins' do.
 
-    def __init__(self) -> None:
-        self._lock_selector = _LockSelector()
+    helpers: the threads of asyncio.to_thread() and run_in_executor(None, ...).
+    """
+
+    def __init__(self, helpers: "Workers") -> None:
+        self._lock_selector, self._helpers = _LockSelector(), helpers
         super().__init__(self._lock_selector)
+
+    def run_in_executor(self, executor: Any, func: Callable[..., Any],
+                        *args: Any) -> "asyncio.Future[Any]":
+        """Run a blocking call in a thread, a helper when `executor` is None; return its future."""
+        if executor is None:
+            return self._helpers.submit(self, func, *args)
+        return super().run_in_executor(executor, func, *args)
 
     def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:
         """Run a callback on the loop's thread soon. Raises RuntimeError when the loop is closed."""
@@ -1775,6 +1786,8 @@ def _set_result(future: "asyncio.Future[Any]", result: Any) -> None:
 
 
 def _set_exception(future: "asyncio.Future[Any]", error: BaseException) -> None:
+    if isinstance(error, StopIteration):          # which no future takes; see PEP 479
+        error = RuntimeError(f"StopIteration: {error}")
     if not future.done():
         future.set_exception(error)
 
@@ -1824,8 +1837,11 @@ def trim_memory() -> None:
 class Workers:
     """Daemon threads that run blocking calls, started when needed, `limit` at the most.
 
-    Unlike those of concurrent.futures, they do not hold up the end of the process.
+    Unlike those of concurrent.futures, they do not hold up the end of the process, and end when
+    they have had nothing to do for IDLE_S.
     """
+
+    IDLE_S = 5.0
 
     def __init__(self, name: str, limit: int = MAX_WORKERS) -> None:
         self._name, self._limit = name, limit
@@ -1856,7 +1872,14 @@ class Workers:
 
     async def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return what `function(*args)` returns, run in a thread; raise what it raises."""
-        loop = asyncio.get_running_loop()
+        return await self.submit(asyncio.get_running_loop(), function, *args)
+
+    def submit(self, loop: asyncio.AbstractEventLoop, function: Callable[..., Any],
+               *args: Any) -> "asyncio.Future[Any]":
+        """Run `function(*args)` in a thread; return the future of its result. On the loop.
+
+        Raises as run() does.
+        """
         future: "asyncio.Future[Any]" = loop.create_future()
 
         def job() -> None:
@@ -1868,7 +1891,7 @@ class Workers:
                 loop.call_soon_threadsafe(setter, future, result)
 
         self.run(job)
-        return await future
+        return future
 
     def stop(self) -> None:
         """End the idle threads now, the others when their job is done."""
@@ -1890,7 +1913,8 @@ class Workers:
             with self._lock:
                 self._idle += 1
                 while not self._jobs and not self._stopped:
-                    self._lock.wait()
+                    if not self._lock.wait(self.IDLE_S):
+                        break
                 self._idle -= 1
                 if not self._jobs:
                     self._threads -= 1
@@ -5935,8 +5959,10 @@ class _Hosted:
     """A plugin with the thread, the loop and the workers that are its own."""
 
     def __init__(self, name: str) -> None:
-        self.thread = LoopThread(f"plugin-{name}", WorkLoop()).start()
-        self.workers = Workers(f"plugin-{name}")
+        self.workers = Workers(f"plugin-{name}")  # of plain `def` handlers
+        # others for what coroutines leave to threads: a handler may wait for one of those
+        self._helpers = Workers(f"plugin-{name}-helper", MAX_HELPERS)
+        self.thread = LoopThread(f"plugin-{name}", WorkLoop(self._helpers)).start()
         self.plugin: Any = None                   # set once it is made
         self.ui_module: Optional[str] = None      # JavaScript for the plugin's page; likewise
         self.tasks: Set["asyncio.Task[None]"] = set()    # that run; its methods are atomic
@@ -5970,7 +5996,9 @@ class _Hosted:
             except Exception:
                 log.exception("plugin %s was not stopped well", name)
         self.workers.stop()
-        return self.thread.stop(STOP_S / 2)
+        is_stopped = self.thread.stop(STOP_S / 2)
+        self._helpers.stop()                      # tasks that were cancelled may have used them
+        return is_stopped
 
     async def _run(self, make: Callable[[], Any]) -> None:
         try:

@@ -3762,6 +3762,10 @@ def test_exit_in_a_handler_ends_its_request_and_nothing_else(host):
         def in_worker(self, request):
             sys.exit(3)
 
+        @get("stop")
+        def without_end(self, request):
+            return next(iter(()))
+
         @get("pieces")
         def in_pieces(self, request):
             return StreamingResponse(sys.exit(3) for _ in range(1))
@@ -3772,7 +3776,7 @@ def test_exit_in_a_handler_ends_its_request_and_nothing_else(host):
 
     host.add(Leaving, "leaving")
     for _ in range(2):
-        for path in ("async", "plain", "pieces", "number"):
+        for path in ("async", "plain", "stop", "pieces", "number"):
             assert ask(host, "GET", f"/leaving/{path}")[0] == 500
     assert ask(host, "GET", "/leaving/version")[0] == 200
 
@@ -3791,6 +3795,50 @@ def test_an_idle_worker_holds_no_request(host):
                 if type(item) is radical_edge.Request and item.path == "/plain/take"]
 
     wait_until(lambda: not gc.collect() and not held() or not held())
+
+
+def test_workers_end_when_they_have_nothing_to_do_and_others_come(monkeypatch):
+    monkeypatch.setattr(radical_edge.Workers, "IDLE_S", 0.05)
+    workers, done = radical_edge.Workers("idle"), queue.Queue()
+
+    def names():
+        return [thread for thread in threading.enumerate() if thread.name == "idle-worker"]
+
+    for _ in range(3):
+        for number in range(20):
+            workers.run(functools.partial(done.put, number))
+        assert sorted(done.get(timeout=10) for _ in range(20)) == list(range(20))
+        wait_until(lambda: not names())
+        assert workers._threads == workers._idle == 0
+    for number in range(300):                     # some come when a worker is about to end
+        workers.run(functools.partial(done.put, number))
+        assert done.get(timeout=10) == number
+        time.sleep(random.uniform(0.045, 0.055) if number % 10 == 0 else 0)
+    workers.stop()
+    wait_until(lambda: not names())
+
+
+def test_what_coroutines_leave_to_threads_is_done_although_all_handlers_wait(host, monkeypatch):
+    monkeypatch.setattr(radical_edge.Workers.__init__, "__defaults__", (2,))
+
+    class Waiting(Plugin):
+        @get("wait")
+        def wait(self, request):
+            loop = host._hosted["waiting"].thread.loop
+            return asyncio.run_coroutine_threadsafe(self._work(), loop).result(10)
+
+        async def _work(self):
+            name = await asyncio.to_thread(lambda: threading.current_thread().name)
+            with pytest.raises(ZeroDivisionError):
+                await asyncio.get_running_loop().run_in_executor(None, lambda: 1 // 0)
+            with pytest.raises(RuntimeError, match="StopIteration"):     # which no future takes
+                await asyncio.to_thread(next, iter(()))
+            return [name]
+
+    host.add(Waiting, "waiting")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: ask(host, "GET", "/waiting/wait"), range(4)))
+    assert answers == [(200, ["plugin-waiting-helper-worker"])] * 4
 
 
 def test_a_process_that_gets_no_more_threads_says_so_and_goes_on(host, monkeypatch):
