@@ -6331,6 +6331,9 @@ async def _send_body(hosted: _Hosted, request: Request, response: Response, call
         elif not hasattr(content, "__aiter__"):
             content = _Producer(hosted.workers, content)
         call_.begin(response)
+        if call_.reader is not None:              # it would wait for what the bridge does not send
+            call_.reader.fail(Conflict("the answer has begun, and what had not come of the "
+                                       "request's body by then is not sent: read it before"))
         writer = _BodyWriter(call_)
         if content is None:
             await writer.write(response.body)
@@ -6342,6 +6345,8 @@ async def _send_body(hosted: _Hosted, request: Request, response: Response, call
     except asyncio.CancelledError:
         call_.abort(Unavailable("the plugin was stopped, or the client has gone"))
     except EdgeError as error:
+        log.warning("%s %s: %s gave up its answer: %s", request.request_id, request.method,
+                    request.path, error.detail)
         call_.abort(error)
     except (Exception, SystemExit) as error:      # the plugin's, in the middle of its answer
         log.error("%s %s: %s failed while it answered", request.request_id, request.method,

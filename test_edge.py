@@ -2789,6 +2789,40 @@ def test_an_answer_that_breaks_off_is_seen_to_be_not_whole(streaming, raw, caplo
 
 
 @only_wire2
+@pytest.mark.parametrize("name", ["begin", "plain"])
+@pytest.mark.parametrize("place", ["e1", "bridge"])
+def test_a_body_that_is_read_after_the_answer_has_begun_fails_at_once(
+        streaming, edge, bridge, raw, caplog, place, name):
+    class Late(Plugin):
+        @put("begin")
+        async def begin(self, request):
+            async def answer():
+                yield b"begun"
+                async for piece in request.stream():
+                    yield b"."
+            return StreamingResponse(answer())
+
+        @put("plain")
+        def plain(self, request):
+            def answer():
+                yield b"begun"
+                yield from (b"." for piece in request.iter_body())
+            return StreamingResponse(answer())
+
+    (edge.host if place == "e1" else bridge._host).add(Late, "late")
+    wait_until(lambda: raw().request("GET", f"/{place}/late/version")[0] == 200)
+    client = raw()
+    client.send_request("PUT", f"/{place}/late/{name}", headers=[("Content-Length", 10 ** 9)])
+    client.send(bytes(300_000))
+    reply = client.reply()
+    assert reply[0] == 200
+    with pytest.raises((AssertionError, ConnectionError)):
+        read_all(client, reply)
+    wait_until(lambda: "the answer has begun" in caplog.text)
+    assert raw().request("GET", f"/{place}/late/version")[0] == 200
+
+
+@only_wire2
 def test_a_lost_link_cuts_its_downloads_and_ends_their_handlers(streaming, raw, bridge):
     client = raw()
     client.send_request("GET", "/e1/s/down/1000000000")
@@ -7031,14 +7065,6 @@ def test_what_an_edge_at_rest_has_no_use_for_is_not_imported():
     ("127.0.0.1\0", False), ("localhost.example.org", False), ("127.0.0.1.example.org", False)])
 def test_which_hosts_are_this_machine(host, is_own):
     assert radical_edge.is_loopback(host) is is_own
-
-
-def test_addresses_of_ipv6_are_counted_by_their_first_64_bits():
-    limit = radical_edge.ConnectionLimit(10)
-    keys = {limit._key(address) for address in (
-        "2001:db8::1", "2001:db8:0:0:ffff::2", "2001:0db8:0:0::3%eth0")}
-    assert len(keys) == 1 and limit._key("2001:db8:0:1::1") not in keys
-    assert limit._key("::1") == "" and limit._key("::ffff:10.0.0.1") == "::ffff:10.0.0.1"
 
 
 def test_the_directory_for_temporary_files_is_that_of_tempfile(tmp_path, monkeypatch):
