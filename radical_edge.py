@@ -54,14 +54,15 @@ if (__name__ == "__main__" and __spec__ is None and {"--bridge", "--edge"} & set
                 pass
     # one arena: GNU's malloc would give each thread one, and each holds on to some memory. What the
     # process starts must not inherit that, so it is taken out of the environment again.
-    arenas = {} if "MALLOC_ARENA_MAX" in os.environ else {"MALLOC_ARENA_MAX": "1"}
+    setting = {} if "MALLOC_ARENA_MAX" in os.environ else {"MALLOC_ARENA_MAX": "1"}
+    forget = "".join(f"os.environ.pop({name!r}); " for name in setting)
     os.execve(sys.executable, [
         # what stood before the script's name; Python 3.9 does not know
         *(getattr(sys, "orig_argv", [sys.executable])[:-len(sys.argv)] or [sys.executable]),
         # path[0] is the current directory here: it must not be searched
-        "-c", "import os, sys; sys.path[0] = sys.argv.pop(1).rpartition('/')[0]; "
-        f"[os.environ.pop(name) for name in {list(arenas)}]; import radical_edge; "
-        "sys.exit(radical_edge.main())", script, *sys.argv[1:]], {**os.environ, **arenas})
+        "-c", f"import os, sys; {forget}sys.path[0] = sys.argv.pop(1).rpartition('/')[0]; "
+        "import radical_edge; sys.exit(radical_edge.main())", script, *sys.argv[1:]],
+        {**os.environ, **setting})
 
 import argparse
 import asyncio
