@@ -3727,7 +3727,7 @@ class LocalExecutor:
         """Write down what is to run, before it runs. Blocks."""
         run = make_local_run(job.spec, job.stdout, job.stderr)
         job.stdout, job.stderr = Path(run["stdout"]), Path(run["stderr"])
-        remove_folder(job.folder)           # of the same job, if it never ran
+        remove_folder(job.folder)                 # of the same job, if it never ran
         job.folder.mkdir(parents=True, mode=0o700)
         write_private(job.folder / "job.json", json.dumps(
             {"job_id": job.job_id, "sid": job.sid, "spec": job.spec, "submitted": job.time,
@@ -4716,7 +4716,7 @@ class BatchExecutors:
 
     async def _submit(self, driver: BatchDriver, job: Job, handle: Any) -> None:
         try:
-            await asyncio.to_thread(remove_folder, job.folder)     # if it never ran before
+            await asyncio.to_thread(remove_folder, job.folder)   # if it never ran before
             await asyncio.to_thread(
                 lambda: job.folder.mkdir(parents=True, exist_ok=True, mode=0o700))
             job.submitted = time.time()
