@@ -52,17 +52,18 @@ if (__name__ == "__main__" and __spec__ is None and {"--bridge", "--edge"} & set
                 SourceFileLoader("_", source).get_code("_")
             except (OSError, SyntaxError):        # who needs the file says what is wrong with it
                 pass
-    # one arena: GNU's malloc would give each thread one, and each holds on to some memory. What the
-    # process starts must not inherit that, so it is taken out of the environment again.
-    setting = {} if "MALLOC_ARENA_MAX" in os.environ else {"MALLOC_ARENA_MAX": "1"}
-    forget = "".join(f"os.environ.pop({name!r}); " for name in setting)
-    os.execve(sys.executable, [
+    forget = ""
+    if "MALLOC_ARENA_MAX" not in os.environ:
+        # GNU's malloc would give each thread an arena, and each of them holds on to some memory.
+        # What this process starts must not inherit that, so it is taken out again at once.
+        os.environ["MALLOC_ARENA_MAX"] = "1"
+        forget = "os.environ.pop('MALLOC_ARENA_MAX'); "
+    os.execv(sys.executable, [
         # what stood before the script's name; Python 3.9 does not know
         *(getattr(sys, "orig_argv", [sys.executable])[:-len(sys.argv)] or [sys.executable]),
         # path[0] is the current directory here: it must not be searched
         "-c", f"import os, sys; {forget}sys.path[0] = sys.argv.pop(1).rpartition('/')[0]; "
-        "import radical_edge; sys.exit(radical_edge.main())", script, *sys.argv[1:]],
-        {**os.environ, **setting})
+        "import radical_edge; sys.exit(radical_edge.main())", script, *sys.argv[1:]])
 
 import argparse
 import asyncio
@@ -1913,9 +1914,7 @@ class Workers:
         while True:
             with self._lock:
                 self._idle += 1
-                while not self._jobs and not self._stopped:
-                    if not self._lock.wait(self.IDLE_S):
-                        break
+                self._lock.wait_for(lambda: self._jobs or self._stopped, self.IDLE_S)
                 self._idle -= 1
                 if not self._jobs:
                     self._threads -= 1
