@@ -7,7 +7,8 @@ A bridge and an edge run as processes; between them stands a proxy that can cut 
 workload submits jobs (each request twice at the same time), sends notifications and follows the
 events, while one fault after the other is made. At the end every job must have run exactly once,
 every notification must have arrived, in order, and nothing may be left over. Exit status 0 when it
-is so. With root, the edge's state lies on a small tmpfs, which one of the faults fills up.
+is so. With root, the edge's state lies on a small tmpfs, which three of the faults fill up. An edge
+that cannot start on a full disk says so and ends, and is started again, as systemd would do it.
 """
 from __future__ import annotations
 
@@ -35,6 +36,8 @@ import radical_edge                               # noqa: E402 (its path is know
 
 HEARTBEAT_S = 0.5
 SETTLE_S = 60.0
+RESTART_S = 0.2                # between an edge's end of its own and its next start
+FULL = b"edge-state cannot be written (No space left on device): make room there"
 
 PLUGIN = """
 from radical_edge import Plugin, plugin, post
@@ -164,10 +167,15 @@ class Scene:
             ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(self.state)],
             stderr=subprocess.DEVNULL).returncode == 0
         self.bridge = self.edge = None
+        self._edge_lock = threading.Lock()        # who has it may end the edge and start another
+        self._stopping = threading.Event()
+        self.restarts = 0                         # of edges that had ended by themselves
         self.start_bridge()
         wait_for(lambda: (folder / ".radical/edge/token").exists(), 10)
         self.token = (folder / ".radical/edge/token").read_text().strip()
         self.start_edge()
+        self._supervisor = threading.Thread(target=self._supervise, daemon=True)
+        self._supervisor.start()
 
     @property
     def url(self):
@@ -187,6 +195,14 @@ class Scene:
              str(HEARTBEAT_S), "--log-level", "WARNING"], stdout=self.log, stderr=self.log,
             env={**os.environ, "HOME": str(self.folder)})
 
+    def _supervise(self):
+        """Start the edge again whenever it has ended by itself."""
+        while not self._stopping.wait(RESTART_S):
+            with self._edge_lock:
+                if self.edge.poll() is not None:
+                    self.restarts += 1
+                    self.start_edge()
+
     # -- faults
 
     def kill_bridge(self, _random):
@@ -195,9 +211,10 @@ class Scene:
         self.start_bridge()
 
     def kill_edge(self, _random):
-        self.edge.kill()
-        self.edge.wait()
-        self.start_edge()
+        with self._edge_lock:
+            self.edge.kill()
+            self.edge.wait()
+            self.start_edge()
 
     def cut_link(self, _random):
         self.proxy.cut()
@@ -218,6 +235,23 @@ class Scene:
         process.send_signal(signal.SIGCONT)
 
     def fill_disk(self, _random):
+        with self._full_disk():
+            time.sleep(1.0)
+
+    def kill_edge_on_full_disk(self, random_):
+        with self._full_disk():
+            self.kill_edge(random_)
+            time.sleep(random_.uniform(0.2, 2.0))
+
+    def fill_disk_at_start(self, random_):
+        """Fill up the disk at some point of an edge's start."""
+        self.kill_edge(random_)
+        time.sleep(random_.uniform(0.0, 0.5))
+        with self._full_disk():
+            time.sleep(1.0)
+
+    @contextlib.contextmanager
+    def _full_disk(self):
         filler = self.state / "filler"
         try:
             with open(filler, "wb", buffering=0) as file:
@@ -225,14 +259,17 @@ class Scene:
                     pass
         except OSError:
             pass
-        time.sleep(1.0)
-        filler.unlink()
+        try:
+            yield
+        finally:
+            filler.unlink()
 
     def make_faults(self, random_, end):
         """Make one fault after the other until `end`."""
         faults = [self.kill_bridge, self.kill_edge, self.cut_link, self.stall_link,
                   self.freeze_bridge, self.freeze_edge]
-        faults += [self.fill_disk] if self.mounted else []
+        if self.mounted:
+            faults += [self.fill_disk, self.kill_edge_on_full_disk, self.fill_disk_at_start]
         while time.monotonic() < end:
             time.sleep(random_.uniform(0.5, 3.0))
             fault = random_.choice(faults)
@@ -243,6 +280,8 @@ class Scene:
 
     def stop(self):
         """End both processes; return their exit statuses."""
+        self._stopping.set()
+        self._supervisor.join()
         for process in (self.edge, self.bridge):
             process.send_signal(signal.SIGTERM)
         try:
@@ -252,7 +291,15 @@ class Scene:
                 process.kill()
             self.proxy.close()
 
+    def unexplained_ends(self):
+        """Return how many times the edge ended by itself without a full disk."""
+        return max(0, self.restarts - (self.folder / "log").read_bytes().count(FULL))
+
     def clean(self):
+        self._stopping.set()
+        self._supervisor.join()
+        for process in (self.edge, self.bridge):
+            process.kill()
         self.log.close()
         if self.mounted:
             subprocess.run(["umount", "-l", str(self.state)], check=False)
@@ -441,6 +488,8 @@ def run(options, folder):
         statuses = scene.stop()
         if statuses != [0, 0]:
             failures.append(f"exit statuses of edge and bridge: {statuses}")
+        if scene.unexplained_ends():
+            failures.append(f"ends of an edge without a reason: {scene.unexplained_ends()}")
         left = wait_for(lambda: not scene.left_processes(), 10) or scene.left_processes()
         if left is not True:
             failures.append(f"processes left over: {left}")
@@ -450,8 +499,6 @@ def run(options, folder):
             shutil.copy(folder / "log", options.keep)
         return failures
     finally:
-        for process in (scene.edge, scene.bridge):
-            process.kill()
         scene.clean()
 
 
@@ -463,7 +510,8 @@ def has_grown(before, after):
 def report(options, scene, workload, before):
     faults = ", ".join(f"{name} {count}" for name, count in sorted(scene.faults.items()))
     counts = ", ".join(f"{name} {count}" for name, count in sorted(workload.counts.items()))
-    print(f"{options.seconds:.0f} s, seed {options.seed}; faults: {faults}")
+    print(f"{options.seconds:.0f} s, seed {options.seed}; faults: {faults}; "
+          f"an edge that could not start was started again {scene.restarts} times")
     print(f"jobs answered {len(workload.jobs)}, unanswered {len(workload.unanswered)}; "
           f"notifications acknowledged {workload.ticks}, told {len(workload.found)}, "
           f"twice {len(workload.found) - len(set(workload.found))}; {counts}")
