@@ -21,6 +21,9 @@ Threads of an edge: the *transport* loop owns the link to the bridge and nothing
 heartbeats never wait. Every plugin has a thread and loop of its own; its plain `def` handlers run
 in worker threads. A plugin that blocks delays only itself.
 
+`--bridge --edge` are two processes, the edge forked off the bridge: a plugin may hold or crash its
+interpreter, and the bridge serves on.
+
 What must survive the process (notifications, events, answers) goes through a `Journal`, which has a
 thread that writes, so that a slow or full disk delays nothing but what must be on it first.
 
@@ -90,6 +93,7 @@ import math
 import random
 import re
 import secrets
+import select
 import selectors
 import signal
 import socket
@@ -2392,7 +2396,9 @@ def open_connection(url: BridgeURL, cert: Optional[str],
     sock = route(url)
     try:
         if context is not None:
-            sock = context.wrap_socket(sock, server_hostname=url.host)
+            # as bytes, if it can be: for text Python loads the codec of IDNA
+            host = url.host.encode("ascii") if url.host.isascii() else url.host
+            sock = context.wrap_socket(sock, server_hostname=host)
             check_pin(sock, pin)
         return sock
     except BaseException:
@@ -11310,41 +11316,138 @@ def _configure_logging(level: str, *, serving: bool, as_json: bool = False) -> N
 # -- serving
 
 def _serve(options: argparse.Namespace) -> int:
-    """Run a bridge, an edge or both until a signal, or until they are told to end."""
+    """Run a bridge or an edge until a signal, or until it is told to end; of both, make a pair."""
     _raise_file_limit()
     name = BRIDGE_NAME if options.bridge else options.name or default_edge_name()
     detached = _Detached(_state_dir(options, name)) if options.detach else None
+    pair = _Pair() if options.bridge and options.edge else None
+    is_edge = options.edge if pair is None else pair.is_edge
     done = _Ending(keeps_terminal=detached is None and os.isatty(0))
     # taken out of the environment, or every program that a plugin runs would inherit it
     token = os.environ.pop("RADICAL_BRIDGE_TOKEN", None)
-    if options.edge or options.plugins or options.plugin_file:       # they weigh 3 MiB
-        load_builtin_plugins()
-    for path in options.plugin_file:
-        load_plugin_file(path)
-    services: List[Any] = []
+    service: Any = None
     try:
-        if options.bridge:
-            services.append(_start_bridge(options, token, done))
-        if options.edge:
-            load_entry_points()
-            services.insert(0, _start_edge(options, token, services, done))
+        if is_edge:
+            service = _start_edge(options, token, pair, done)
+        else:
+            service = _start_bridge(options, token, done)
+            if pair is not None:
+                pair.start_edge(service.url)
         _settle_memory()
         if detached is not None:
-            detached.on_up()
+            detached.on_up(leads=pair is None or not is_edge)
+        if pair is not None and is_edge:
+            pair.tell_up()
 
         def on_hangup() -> None:
-            for service in services:
-                service.reload()
+            service.reload()
             if detached is not None:
                 detached.reopen_log()
+            if pair is not None:
+                pair.pass_hangup()
 
-        done.wait(on_hangup)
+        return done.wait(on_hangup, pair)
+    except _OtherFailed:
+        return 1                                  # it has said why
     finally:
-        for service in services:
+        if pair is not None:
+            pair.end()                            # the edge takes its leave of the bridge
+        if service is not None:
             service.stop()
         if detached is not None:
             detached.on_end()
-    return 0
+
+
+class _OtherFailed(Exception):
+    """The other process of a pair could not start."""
+
+
+class _Pair:
+    """The bridge and the edge of one command: two processes, as either of them sees the other.
+
+    The edge is forked off the bridge's process. So what a plugin does to its interpreter, which it
+    may block, fill up or crash, does not touch the bridge. Over a socket the bridge says where it
+    is, then the edge that it is up; the socket's end says that the other one has ended. Nothing
+    may have started a thread before.
+    """
+
+    END_S = 5.0                # for the edge's end, before it is killed
+
+    def __init__(self) -> None:
+        sys.stdout.flush()                        # or both would write what is in the buffer
+        gc.freeze()                               # what both have stays where both have it
+        near, far = socket.socketpair()
+        self._pid = os.fork()                     # of the edge; 0 in the edge, and when it is gone
+        self.is_edge = self._pid == 0
+        self._socket, other = (far, near) if self.is_edge else (near, far)
+        other.close()
+
+    def fileno(self) -> int:
+        """Return what can be read when the other process has ended."""
+        return self._socket.fileno()
+
+    def on_other_ended(self) -> Optional[int]:
+        """Return the status with which this process ends as well, None when it goes on alone."""
+        if self.is_edge:
+            return 0
+        status = self._reap()
+        if status == 0:
+            bridge_log.info("the edge of this bridge has ended")
+            return None
+        bridge_log.error("the edge of this bridge was ended by %s: the bridge ends as well",
+                         f"signal {-status}" if status < 0 else f"an error (status {status})")
+        return 1
+
+    # -- in the bridge
+
+    def start_edge(self, url: str) -> None:
+        """Let the edge dial, and wait until it is up. Raises _OtherFailed."""
+        try:
+            self._socket.sendall(f"{url}\n".encode())
+            is_up = self._socket.recv(1)
+        except OSError:                           # it has ended already
+            is_up = b""
+        if not is_up:
+            raise _OtherFailed
+
+    def pass_hangup(self) -> None:
+        """Let the edge read its files again, too."""
+        if self._pid:
+            os.kill(self._pid, signal.SIGHUP)
+
+    def end(self) -> None:
+        """Let the edge end, and wait for that."""
+        if not self._pid:
+            return
+        self._socket.settimeout(self.END_S)
+        try:
+            self._socket.shutdown(socket.SHUT_WR)
+            while self._socket.recv(1):           # it may have come up just now
+                pass
+        except OSError:                           # it is stuck, or has ended already
+            os.kill(self._pid, signal.SIGKILL)
+        self._reap()
+
+    def _reap(self) -> int:
+        """Return the status with which the edge ends, or minus the number of a signal. Blocks."""
+        _, status = os.waitpid(self._pid, 0)
+        self._pid = 0
+        return os.waitstatus_to_exitcode(status)
+
+    # -- in the edge
+
+    def find_bridge(self) -> str:
+        """Return the bridge's URL as soon as it serves. Raises _OtherFailed."""
+        with self._socket.makefile("r", encoding="utf-8") as file:
+            url = file.readline().strip()
+        if not url:
+            raise _OtherFailed
+        return url
+
+    def tell_up(self) -> None:
+        """Tell the bridge that its edge is up."""
+        with contextlib.suppress(OSError):        # it has ended
+            self._socket.sendall(b"1")
 
 
 class _Ending:
@@ -11370,10 +11473,23 @@ class _Ending:
         with contextlib.suppress(BlockingIOError):               # full: it was set often enough
             self._writer.send(b"\0")
 
-    def wait(self, on_hangup: Callable[[], None]) -> None:
-        """Return when it is time to end; call `on_hangup` for each SIGHUP before."""
-        while self._reader.recv(1)[0] == signal.SIGHUP:
-            on_hangup()
+    def wait(self, on_hangup: Callable[[], None], pair: Optional[_Pair]) -> int:
+        """Return the exit status when it is time to end; call `on_hangup` for each SIGHUP before.
+
+        pair: of which this process is one, if any; the other one's end may be the time to end, too.
+        """
+        sources: List[Any] = [self._reader] if pair is None else [self._reader, pair]
+        while True:
+            readable, _, _ = select.select(sources, [], [])
+            if self._reader not in readable:
+                status = pair.on_other_ended()
+                if status is not None:
+                    return status
+                sources.remove(pair)
+            elif self._reader.recv(1)[0] == signal.SIGHUP:
+                on_hangup()
+            else:
+                return 0
 
     def _on_signal(self, _number: int, _frame: Any) -> None:
         self._signals += 1
@@ -11403,14 +11519,21 @@ class _Detached:
             os._exit(0)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
-    def on_up(self) -> None:
-        """Write the process id, and from now on to the log alone; let the first process end."""
+    def on_up(self, *, leads: bool) -> None:
+        """Write to the log alone from now on.
+
+        leads: write the process id as well, and let the first process end; of a pair, the bridge's
+        process does that.
+        """
         with must_write(self._log.parent, OTHER_STATE):
-            write_private(self._pid_file, f"{os.getpid()}\n")
+            if leads:
+                write_private(self._pid_file, f"{os.getpid()}\n")
             descriptor = self._open_log()
-        print(f"detached: process {os.getpid()}, {self._log}", flush=True)
+        if leads:
+            print(f"detached: process {os.getpid()}, {self._log}", flush=True)
         self._write_to(descriptor)
-        os.write(self._writer, b"1")
+        if leads:
+            os.write(self._writer, b"1")
         os.close(self._writer)
 
     def reopen_log(self) -> None:
@@ -11471,14 +11594,22 @@ def _raise_file_limit() -> None:
         pass
 
 
+def _load_plugins(options: argparse.Namespace) -> None:
+    load_builtin_plugins()
+    for path in options.plugin_file:
+        load_plugin_file(path)
+
+
 def _start_bridge(options: argparse.Namespace, token: Optional[str], done: _Ending) -> Bridge:
     host = options.host or "127.0.0.1"
     cert = options.cert or os.environ.get("RADICAL_BRIDGE_CERT")
     key = options.key or os.environ.get("RADICAL_BRIDGE_KEY")
     if not cert and not is_loopback(host) and not options.insecure:
         raise ValueError(f"--host {host} is public: give --cert and --key for TLS, or --insecure")
-    tokens = None if options.no_auth else _open_tokens(token)
     wanted = options.plugins.split(",") if options.plugins and not options.edge else []
+    if wanted or options.plugin_file and not options.edge:       # they weigh 3 MiB
+        _load_plugins(options)
+    tokens = None if options.no_auth else _open_tokens(token)
 
     def write_url() -> None:
         pin = _pin_of(cert) if cert else ""
@@ -11526,19 +11657,22 @@ def _open_tokens(given: Optional[str]) -> TokenStore:
     return store
 
 
-def _start_edge(options: argparse.Namespace, token: Optional[str], services: List[Any],
+def _start_edge(options: argparse.Namespace, token: Optional[str], pair: Optional[_Pair],
                 done: _Ending) -> Edge:
+    _load_plugins(options)
+    load_entry_points()
     url, cert = options.url, options.cert
-    if services and not url:                      # beside its bridge: no need to look for it
-        url, cert = services[0].url, default_bridge()[1]
+    if pair is not None:
+        own = pair.find_bridge()
+        if not url:                               # the certificate is the bridge's own here
+            url, cert = own, default_bridge()[1]
     wanted = options.plugins.split(",") if options.plugins else None
     name = options.name or default_edge_name()
     edge = Edge(url, name, plugins=wanted, token=token, cert=cert, heartbeat=options.heartbeat,
                 state_dir=_state_dir(options, name), tunnel=options.tunnel,
                 via=options.tunnel_via, options=_plugin_options(options),
                 client_key=os.environ.get("RADICAL_CLIENT_KEY"), policy=_find_policy(options),
-                find_policy=lambda: _find_policy(options),
-                on_end=None if services else done.set)
+                find_policy=lambda: _find_policy(options), on_end=done.set)
     edge.start()
     known = "no plugins" if Plugin.get_plugin_names() else f"plugins: {WITHOUT_PLUGINS}"
     print(f"edge: {edge.name}, with {', '.join(sorted(edge.host.describe())) or known}", flush=True)
@@ -11567,7 +11701,7 @@ def _state_dir(options: argparse.Namespace, name: str) -> Path:
     if not options.state:
         return home_dir() / "state" / name
     path = Path(options.state).expanduser()
-    return path / BRIDGE_NAME if name == BRIDGE_NAME else path   # both may run in one process
+    return path / BRIDGE_NAME if name == BRIDGE_NAME else path   # both may have been given it
 
 
 # -- asking

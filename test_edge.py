@@ -6564,6 +6564,13 @@ def bridge_url(process):
                                     if line.startswith("bridge: http")), None)).split()[1]
 
 
+def children_of(pid):
+    """Return the ids of the processes that a process has started, those that ended left out."""
+    shown = subprocess.run(["ps", "-eo", "pid=,ppid=,stat="], capture_output=True, text=True).stdout
+    return [int(child) for child, parent, state in map(str.split, shown.splitlines())
+            if int(parent) == pid and not state.startswith("Z")]
+
+
 def test_help_names_every_option_and_fits_on_a_screen():
     text = run("--help")
     assert subprocess.check_output([sys.executable, SCRIPT, "--help"], text=True) == text
@@ -6615,6 +6622,108 @@ def test_one_command_starts_bridge_and_edge_and_one_more_runs_a_job(start, home)
     assert token not in shown and not any(token in line for line in [*both.lines, *both.errors])
     status, seconds = both.end()
     assert status == 0 and seconds < 3
+
+
+@pytest.fixture
+def pair(start):
+    """A bridge and an edge of one command: (its Process, the process id of the edge)."""
+    both = start("--bridge", "--edge", "--name", "e1", "-p", "sysinfo", "--port", "0",
+                 expect="registered as e1")
+    return both, children_of(both.process.pid)[0]
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 0),
+                                            (signal.SIGKILL, -signal.SIGKILL)])
+def test_the_edge_of_a_bridge_ends_with_it(pair, home, number, status):
+    both, edge = pair
+    assert both.end(number)[0] == status
+    wait_until(lambda: not is_alive(edge))
+    left = [str(path) for path in home.rglob("lock")]
+    assert left == ([f"{home}/.radical/edge/state/bridge/lock"] if status else [])
+
+
+def test_ctrl_c_in_a_terminal_reaches_bridge_and_edge_at_once(home):
+    process = subprocess.Popen([sys.executable, SCRIPT, "--bridge", "--edge", "--name", "e1", "-p",
+                                "sysinfo", "--port", "0"], start_new_session=True, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with process:
+        next(line for line in process.stderr if "registered as e1" in line)
+        os.killpg(process.pid, signal.SIGINT)
+        rest = process.stdout.read() + process.stderr.read()     # to the end of both
+    assert process.returncode == 0 and "Traceback" not in rest
+    assert not list(home.rglob("lock"))
+
+
+def test_a_bridge_goes_on_when_its_edge_has_left(pair):
+    both, edge = pair
+    os.kill(edge, signal.SIGTERM)
+    wait_until(lambda: any("the edge of this bridge has ended" in line for line in both.errors))
+    assert not is_alive(edge) and "no edge is connected" in run("--list")
+    both.process.send_signal(signal.SIGHUP)       # there is nobody to pass it on to
+    wait_until(lambda: "no edge is connected" in run("--list"))
+    assert both.end()[0] == 0
+
+
+def test_a_bridge_ends_when_its_edge_is_killed(pair):
+    both, edge = pair
+    os.kill(edge, signal.SIGKILL)
+    assert both.process.wait(20) == 1
+    both.end()
+    assert any("the edge of this bridge was ended by signal 9" in line for line in both.errors)
+
+
+@pytest.mark.parametrize("what, text", [("port", "in use"), ("plugin", "No such file"),
+                                        ("limit", "--task-limit 0"), ("state", "belongs to")])
+def test_when_bridge_or_edge_cannot_start_neither_does(start, home, what, text):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        arguments = {"port": ["--port", str(taken.getsockname()[1])],
+                     "plugin": ["--plugin-file", "/none.py", "--port", "0"],
+                     "limit": ["--task-limit", "0", "--port", "0"],
+                     "state": ["--state", str(home / "state"), "--port", "0"]}[what]
+        if what == "state":
+            start("--edge", "--name", "e1", "-p", "sysinfo", "--url", "http://127.0.0.1:1",
+                  "--state", str(home / "state"), expect="edge: e1")
+        both = start("--bridge", "--edge", "--name", "e1", "--no-auth", *arguments)
+        assert both.process.wait(20) == 1
+        both.end()                                # reads its output until both have ended
+    reasons = [line for line in both.errors if line.startswith("radical_edge: ")]
+    assert len(reasons) == 1 and text in reasons[0]
+    assert "Traceback" not in "\n".join(both.errors)
+
+
+def test_a_plugin_that_holds_the_interpreter_does_not_stop_the_bridge_beside_it(start, tmp_path):
+    (tmp_path / "held.py").write_text(textwrap.dedent("""\
+        import ctypes
+        from pathlib import Path
+        from radical_edge import Plugin, get, plugin
+
+        @plugin("held")
+        class Held(Plugin):
+            @get("hold")
+            def hold(self, request):
+                folder = Path(__file__).parent
+                (folder / "begun").touch()
+                ctypes.PyDLL(None).sleep(2)       # PyDLL: all other threads must wait
+                (folder / "ended").touch()
+                return {}
+    """))
+    both = start("--bridge", "--edge", "--name", "e1", "--port", "0", "-p", "held",
+                 "--plugin-file", str(tmp_path / "held.py"), expect="registered as e1")
+    with BridgeClient(bridge_url(both)) as client, \
+            concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.http.get, "/e1/held/hold")
+        wait_until((tmp_path / "begun").exists)
+        assert client.http.get("/health").status_code == 200
+        assert not (tmp_path / "ended").exists()
+        assert asked.result(20).status_code == 200
 
 
 def test_a_token_in_the_environment_is_used_and_not_inherited_by_jobs(start):

@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 
 import radical_edge
-from test_edge import ROOT, SCRIPT, bridge_url, certificate, run, start, wait_until     # noqa: F401
+from test_edge import (ROOT, SCRIPT, bridge_url, certificate, children_of, run, start,  # noqa: F401
+                       wait_until)
 
 EXAMPLES = ROOT / "examples"
 
@@ -104,6 +105,9 @@ def test_a_detached_bridge_has_its_files_and_ends_cleanly(home, tmp_path):
         wait_until(lambda: (folder / "log").exists())
         run("--list")
         wait_until(lambda: "POST /edge/list" in (folder / "log").read_text())
+        for process in (pid, *children_of(pid)):                 # the bridge, and its edge
+            wait_until(lambda: {os.readlink(f"/proc/{process}/fd/{number}") for number in (1, 2)} ==
+                       {str(folder / "log")})
         os.replace(folder / "log", folder / "log.2")
         (folder / "log").mkdir()                  # cannot be opened for writing, by anybody
         os.kill(pid, signal.SIGHUP)
